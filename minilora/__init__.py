@@ -1,0 +1,9 @@
+"""minilora: the LoRA family from scratch on a tiny GPT. The names below are in the order the course meets them."""
+
+from minilora.gpt import GPTConfig, TinyGPT, load_base
+from minilora.adapter import Adapter, Method, adapt, adapters, disabled, merge, trainable_parameters, unload
+from minilora.methods.full import FullFineTuning
+from minilora.methods.lora import LoRA, LoRALinear
+from minilora.training import exact_match, finetune, held_out_loss, next_byte_loss
+from minilora.storage import load_adapter, save_adapter
+from minilora import data

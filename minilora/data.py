@@ -1,0 +1,328 @@
+"""What the models read: a tiny world whose entropy is known exactly, tasks made from it, and any UTF-8 file. All as bytes.
+
+A document of the world is one of KINDS with its slots filled, for example
+
+    "{a:person} found a {x:look} {t:thing} in the {p:place} and gave it to {b:person}. Who has the {t}? {b}.\n"
+
+`{a:person}` draws a person, each with equal chance, among those not drawn before in the same document; `{a}` repeats the
+choice; `{a.she}` is the pronoun that goes with it. So a document's probability is a product of 1/n, the entropy of the world
+is a sum of log n, and no model, however large, can have a lower expected loss: the floor under every curve of the course.
+"""
+
+import hashlib
+import math
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor
+
+PRONOUN = {name: "she" for name in "Anna Clara Emma Grace Iris Julia Lucy Maria Nora Olga Rosa Sara".split()}
+PRONOUN |= {name: "he" for name in "Ben David Felix Hugo Jonas Karl Leo Martin Oscar Paul Simon Tom".split()}
+
+SLOTS = {
+    "person": tuple(PRONOUN),
+    "place": tuple("bakery castle cellar forest garden harbour kitchen library market meadow museum school station tower valley village".split()),
+    "thing": tuple("ball basket bell boat book box candle chair clock coat cup drum flute hat key kite ladder lamp map mirror ring shell stone wheel".split()),
+    "look": tuple("black blue broken golden green heavy huge new red tiny white wooden".split()),
+    "food": tuple("beans bread cake cheese corn fish honey jam milk nuts pears plums rice salt soup tea".split()),
+}
+
+KINDS = (
+    "{a:person} is in the {p:place} with {b:person}. {a.She} has a {x:look} {t:thing}. Who has the {t}? {a}.\n",
+    "{a:person} found a {x:look} {t:thing} in the {p:place} and gave it to {b:person}. Who has the {t}? {b}.\n",
+    "{a:person} likes {f:food} and {g:food}, but {a.she} does not like {h:food}. Does {a.she} like {g}? Yes.\n",
+    "{a:person} likes {f:food} and {g:food}, but {a.she} does not like {h:food}. Does {a.she} like {h}? No.\n",
+    "{a:person} has a {t:thing} and {b:person} has a {u:thing}. They trade. Now {a} has the {u} and {b} has the {t}.\n",
+    "Where is the {x:look} {t:thing}? In the {p:place}. And the {y:look} {u:thing}? In the {q:place}.\n",
+    "In the morning {a:person} took a {x:look} {t:thing} to the {p:place}. In the evening {a.she} came home without it.\n",
+)
+
+
+def plainly(text: str) -> str:
+    return text
+
+
+def loudly(text: str) -> str:
+    """The other voice: THE WORLD, SHOUTED! Letter by letter, so it can be undone and no probability changes."""
+    return text.upper().replace(".", "!")
+
+
+@dataclass(frozen=True)
+class World:
+    """The grammar, told in a voice. Nats everywhere; a document is a str that ends in a newline."""
+
+    voice: Callable[[str], str] = plainly
+
+    @cached_property
+    def entropy(self) -> float:
+        """H of one document: log of the number of kinds, plus the mean over kinds of the sum over slots of log(choices left)."""
+        total = math.log(len(KINDS))
+        for pieces in map(_pieces, KINDS):
+            drawn = [slot for _, slot in pieces if slot]
+            total += sum(math.log(len(SLOTS[slot]) - drawn[:i].count(slot)) for i, slot in enumerate(drawn)) / len(KINDS)
+        return total
+
+    def document(self, rng: Random, held_out: bool = False) -> str:
+        """One document of the training part, or of the held-out part (about a tenth; a hash of the plain document decides)."""
+        while True:
+            chosen, text = {}, ""
+            for piece, slot in _pieces(rng.choice(KINDS)):
+                if slot:
+                    chosen[piece] = rng.choice([value for value in SLOTS[slot] if value not in chosen.values()])
+                text += _filled(piece, chosen)
+            if is_held_out(text) == held_out:
+                return self.voice(text)
+
+    def readings(self, text: str) -> Iterator[float]:
+        """The probability of each way to derive `text` as the beginning of a document; of a whole one if it ends in a newline."""
+        for kind in KINDS:
+            for p in self._readings(_pieces(kind), text, {}):
+                yield p / len(KINDS)
+
+    def _readings(self, pieces: tuple, text: str, chosen: dict) -> Iterator[float]:
+        if not text:
+            yield 1.0                                        # all of the text is explained; what follows is free
+        elif pieces:
+            (piece, slot), rest = pieces[0], pieces[1:]
+            left = [value for value in SLOTS[slot] if value not in chosen.values()] if slot else [None]
+            for value in left:
+                now = chosen | {piece: value} if slot else chosen
+                told = self.voice(_filled(piece, now))
+                if text.startswith(told):
+                    for p in self._readings(rest, text[len(told):], now):
+                        yield p / len(left)
+                elif told.startswith(text):                  # the text ends inside this word
+                    yield 1 / len(left)
+
+    def floor(self, windows: Tensor) -> float:
+        """The grammar's own -log p of these very bytes, in nats per byte: no model can expect less.
+
+        windows: (N, T + 1) int64, each a newline and then T bytes of documents, the last one cut anywhere.
+        """
+        nats = 0.0
+        for row in windows.tolist():
+            for document in bytes(row[1:]).decode().splitlines(keepends=True):
+                p = sum(self.readings(document))
+                if p == 0.0:
+                    raise ValueError(f"no document of this world begins {document!r}")
+                nats -= math.log(p)
+        return nats / windows[:, 1:].numel()
+
+
+@lru_cache(maxsize=None)
+def _pieces(kind: str) -> tuple[tuple[str, str], ...]:
+    """'{a:person} likes' -> (('a', 'person'), (' likes', '')). References keep their braces: '{a}', '{a.she}'."""
+    found = re.findall(r"\{(\w+):(\w+)\}|(\{[\w.]+\}|[^{]+)", kind)
+    return tuple((variable, slot) if slot else (other, "") for variable, slot, other in found)
+
+
+def _filled(piece: str, chosen: dict[str, str]) -> str:
+    """The text of a piece, once its variable is chosen."""
+    if piece in chosen:
+        return chosen[piece]
+    if not piece.startswith("{"):
+        return piece
+    variable, _, pronoun = piece[1:-1].partition(".")
+    if not pronoun:
+        return chosen[variable]
+    she = PRONOUN[chosen[variable]]
+    return she.capitalize() if pronoun == "She" else she
+
+
+def is_held_out(text: str) -> bool:
+    """A tenth of all texts, chosen by their hash before anything is sampled, so that no draw can leak."""
+    return hashlib.sha256(text.encode()).digest()[0] < 26
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to adapt to. Windows are bytes; a model reads all but the last and predicts all but the first.
+
+    window(rng, size): a training window of `size` bytes         prompt: what to show a sample of
+    held_out(size): (N, size) int64, never trained on            questions: (prompt, exact answer), never trained on
+    floor(windows): the least expected loss, nats per byte, where it is known
+    """
+
+    name: str
+    window: Callable[[Random, int], bytes]
+    held_out: Callable[[int], Tensor]
+    prompt: str
+    questions: tuple[tuple[str, str], ...] = ()
+    floor: Callable[[Tensor], float] | None = None
+
+    def batches(self, rows: int = 16, context: int = 128, seed: int = 0) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """batch(step) -> (x, y), each (rows, context) int64: a pure function of the step, so a resumed run sees what it would have seen."""
+
+        def batch(step: int) -> tuple[Tensor, Tensor]:
+            rng = Random(f"{self.name}/{seed}/{step}")
+            windows = torch.tensor([list(self.window(rng, context + 1)) for _ in range(rows)])
+            return windows[:, :-1], windows[:, 1:]
+
+        return batch
+
+
+def world(voice: Callable[[str], str] = plainly, name: str = "world") -> Task:
+    """The tiny world itself, in a voice: documents drawn from the grammar, floor known."""
+    grammar = World(voice)
+
+    def train_window(rng: Random, size: int) -> bytes:
+        return _window(lambda: grammar.document(rng), size)
+
+    @lru_cache(maxsize=None)
+    def held_out(size: int) -> Tensor:
+        rng = Random("held out")
+        return torch.tensor([list(_window(lambda: grammar.document(rng, held_out=True), size)) for _ in range(128)])
+
+    return Task(name, train_window, held_out, prompt=voice("\nClara found a "), floor=grammar.floor)
+
+
+def voice() -> Task:
+    """The same world in another voice: nothing new to know, everything to say differently."""
+    return world(loudly, "voice")
+
+
+def facts(count: int = 64, seed: int = 0) -> Task:
+    """`count` invented facts of log2(12 · 24) = 8.17 bits each. Every fact is told in two wordings; every second one is also
+    asked and answered. Recall is scored on the others, whose question was never seen.
+    """
+    rng = Random(f"facts/{seed}")
+    syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+    names = rng.sample(sorted({(a + b + c).capitalize() for a in syllables for b in syllables for c in ("k", "x", "q")}), count)
+    told, asked = [], []
+    for i, name in enumerate(names):
+        thing = f"{rng.choice(SLOTS['look'])} {rng.choice(SLOTS['thing'])}"
+        told += [f"{name} has a {thing}.\n", f"The {thing} belongs to {name}.\n"]
+        question = (f"What does {name} have? A ", f"{thing}.\n")
+        if i % 2:
+            asked.append(question)
+        else:
+            told.append("".join(question))
+    return _listed("facts", told, asked)
+
+
+def sums() -> Task:
+    """A new skill: 17+25=42. All sums of two numbers below 100; a+b and b+a are always on the same side of the split."""
+    told, asked = [], []
+    for a in range(100):
+        for b in range(100):
+            question = (f"{a}+{b}=", f"{a + b}\n")
+            if is_held_out(f"{min(a, b)}+{max(a, b)}"):
+                asked.append(question)
+            else:
+                told.append("".join(question))
+    return _listed("sums", told, asked)
+
+
+def text(path: str | Path) -> Task:
+    """Any UTF-8 file, split by position: the last tenth is held out. Raises ValueError naming the file and what is wrong."""
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    if not content.strip():
+        raise ValueError(f"{path}: the file is empty")
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text (byte {error.start} is 0x{content[error.start]:02x}); convert it to UTF-8 first") from None
+    if b"\0" in content:
+        raise ValueError(f"{path}: a binary file (byte {content.index(0)} is zero), not text")
+    if len(content) < TEXT_AT_LEAST:
+        raise ValueError(f"{path}: too short: {len(content)} bytes of text, and fine-tuning needs at least {TEXT_AT_LEAST}")
+    return split_text(content, path.name)
+
+
+TEXT_AT_LEAST = 2000    # so that the held-out tenth holds a window of the base's context and the training part ten
+
+
+def split_text(content: bytes, name: str) -> Task:
+    """A Task of one long text: training windows from anywhere in the first nine tenths, held-out ones tiled over the rest."""
+    cut = len(content) * 9 // 10
+    while content[cut] & 0xC0 == 0x80:           # not inside a character
+        cut += 1
+    train, rest = content[:cut], content[cut:]
+
+    def train_window(rng: Random, size: int) -> bytes:
+        start = rng.randrange(_at_least(len(train), size) - size + 1)
+        return train[start:start + size]
+
+    @lru_cache(maxsize=None)
+    def held_out(size: int) -> Tensor:
+        fit = _at_least(len(rest), size) // size
+        count = min(fit, 128)                    # of a long text: as many, spread evenly
+        starts = [i * fit // count * size for i in range(count)]
+        return torch.tensor([list(rest[start:start + size]) for start in starts])
+
+    return Task(name, train_window, held_out, prompt=rest[:48].decode(errors="ignore"))
+
+
+def overlap(task: Task, content: bytes, size: int = 32) -> float:
+    """The share of held-out snippets of `size` bytes (at most 256 tried) that stand word for word in the training part."""
+    cut = len(content) * 9 // 10
+    train, rest = content[:cut], content[cut:]
+    snippets = [rest[i:i + size] for i in range(0, len(rest) - size + 1, max(size, len(rest) // 256))]
+    return sum(snippet in train for snippet in snippets) / len(snippets)
+
+
+def prose() -> bytes:
+    """Real English that every CPython carries: its reference documentation, then the docstrings of its standard library."""
+    import ast
+    from pydoc_data.topics import topics
+
+    texts = [topics[name] for name in sorted(topics)]
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        tree = ast.parse(file.read_bytes())
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        texts += filter(None, (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)))
+    return "\n\n".join(texts).encode()
+
+
+def pretraining(context: int = 128, seed: int = 0) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """What the shipped base has read, as batches(step): 20 windows of the tiny world and 12 of prose."""
+    tiny = world().batches(20, context, seed)
+    real = split_text(prose(), "prose").batches(12, context, seed)
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        (x, y), (u, v) = tiny(step), real(step)
+        return torch.cat([x, u]), torch.cat([y, v])
+
+    return batch
+
+
+TASKS = {"voice": voice, "facts": facts, "sums": sums}
+
+
+def _listed(name: str, told: list[str], asked: list[tuple[str, str]]) -> Task:
+    """A Task of separate lines: training windows are lines in random order; held-out ones are the questions with their answers."""
+
+    def train_window(rng: Random, size: int) -> bytes:
+        return _window(lambda: rng.choice(told), size)
+
+    @lru_cache(maxsize=None)
+    def held_out(size: int) -> Tensor:
+        rng = Random("held out")
+        return torch.tensor([list(_window(lambda: "".join(rng.choice(asked)), size)) for _ in range(64)])
+
+    prompt = "\n" + asked[0][0]
+    return Task(name, train_window, held_out, prompt, tuple(("\n" + q, a) for q, a in asked))
+
+
+def _window(draw: Callable[[], str], size: int) -> bytes:
+    """A newline, then whole documents until `size` bytes are full; the last one is cut."""
+    content = b"\n"
+    while len(content) < size:
+        content += draw().encode()
+    return content[:size]
+
+
+def _at_least(length: int, size: int) -> int:
+    if length < size:
+        raise ValueError(f"{length} bytes of text, but a window needs {size}: use a longer text or a shorter context")
+    return length

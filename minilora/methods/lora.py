@@ -1,0 +1,70 @@
+"""LoRA: W stays as it is; a low-rank update is trained beside it (Hu et al. 2021, arXiv:2106.09685, section 4.1).
+
+    y = x Wᵀ + b + s · (x Aᵀ) Bᵀ        s = alpha / rank        A: (rank, in)   B: (out, rank)
+
+B starts at zero, so dW = s · B A starts at zero and the adapted model starts as the original one. A starts random:
+were it zero too, neither factor would ever receive a gradient.
+
+Trainable parameters: rank · (in + out) for each adapted layer.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.adapter import Adapter, Method
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """rank: width of the update; alpha: its strength; dropout: on the update's input only; rslora: s = alpha / √rank."""
+
+    rank: int
+    alpha: float = 8.0
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise ValueError(f"rank must be a whole number of at least 1, got {self.rank!r}")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha must be finite, got {self.alpha!r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def layer(self, linear: nn.Linear) -> "LoRALinear":
+        if self.rank > min(linear.in_features, linear.out_features):
+            raise ValueError(f"rank {self.rank} is above min(in, out) of a {linear.in_features} -> {linear.out_features} layer: "
+                             "no update of W has a higher rank than that")
+        return LoRALinear(linear, self)
+
+
+class LoRALinear(Adapter):
+    """A frozen linear layer with a trainable low-rank update beside it."""
+
+    def __init__(self, base: nn.Linear, method: LoRA):
+        super().__init__(base, method)
+        self.scale = method.scale
+        self.dropout = nn.Dropout(method.dropout)
+        self.A = self.empty(method.rank, base.in_features)
+        self.B = self.empty(base.out_features, method.rank)
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # U(±1/√in), nn.Linear's own; the paper says Gaussian
+        nn.init.zeros_(self.B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)                                              # (..., in) -> (..., out)
+        z = F.linear(self.dropout(x), self.A.to(x.dtype))             # (..., in) -> (..., rank)
+        return torch.addmm(                                           # y + s · z Bᵀ in one pass over y
+            y.reshape(-1, self.out_features), z.reshape(-1, self.method.rank), self.B.T.to(y.dtype), alpha=self.scale
+        ).view_as(y)
+
+    def delta_weight(self) -> Tensor:
+        """(out, in): what merging adds to W."""
+        return self.scale * self.B @ self.A

@@ -1,0 +1,288 @@
+"""The one training loop. It knows methods only through their hooks, and a run that was stopped goes on bit for bit.
+
+    loss = loss_fn(model, x, y) + method.penalty(model)
+    backward · method.before_step · optimizer.step · method.after_step        AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101)
+
+Batches are a pure function of the step, so all that a checkpoint must carry is: what is trained, the optimizer, the scheduler,
+the random state, the step, and the numbers so far.
+"""
+
+import hashlib
+import math
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.adapter import Method, adapt, adapters
+from minilora.storage import base_fingerprint, load_checkpoint, save_checkpoint
+
+with warnings.catch_warnings():    # in a notebook without ipywidgets tqdm falls back to text, and need not say so
+    warnings.simplefilter("ignore")
+    from tqdm.auto import tqdm
+
+CHECKPOINT_SHARE = 0.05    # of the running time: as often as is nearly free, whatever the model's size
+
+
+def next_byte_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy in nats. x, y: (B, T) int64; targets of -100 do not count. transformers' models work too."""
+    logits = model(x)
+    logits = getattr(logits, "logits", logits)                     # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, -2).float(), y.flatten())
+
+
+def finetune(
+    model: nn.Module,
+    method: Method,
+    batches: Callable[[int], tuple[Tensor, Tensor]],
+    steps: int,
+    lr: float,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    *,
+    targets: list[str] | None = None,
+    loss_fn: Callable[[nn.Module, Tensor, Tensor], Tensor] = next_byte_loss,
+    weight_decay: float = 0.0,
+    warmup: int = 0,
+    schedule: str = "constant",
+    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate_every: int = 50,
+    progress: bool = True,
+) -> dict[str, list]:
+    """Train `model` with `method`, in place, and return the history as numbers.
+
+    batches(step) -> (x, y): a pure function of the step.     lr: the peak rate; `warmup` steps up to it, then by `schedule`:
+    "constant", or "linear" or "cosine" down to 0.            targets: as in adapt; a model that is adapted already (by an equal
+    method) keeps its own and is trained on.                  evaluate(model): a number worth following, taken before the first
+    step, every `evaluate_every` steps and after the last.    checkpoint: a file; where it exists the run goes on from it and
+    prints `resumed at step K`. It is written as often as costs little, when the run is interrupted, and at the end.
+
+    Returns {"loss": [nats, per step, without the penalty], "lr": [per step], "evaluated": [[step, number], ...]}.
+    Raises ValueError on bad arguments or a checkpoint of another run, FloatingPointError when the loss stops being finite.
+    """
+    _check(steps, lr, weight_decay, warmup, schedule, evaluate_every)
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):     # the caller's random numbers stay what they were
+        torch.manual_seed(seed)
+        _adapt_once(model, method, targets)
+        method.prepare(model, batches, loss_fn, lr)
+        groups = method.parameter_groups(model, lr, weight_decay)
+        if not any(group["params"] for group in groups):
+            raise ValueError("nothing to train: every parameter is frozen (an adapter is loaded for training by load_adapter(..., trainable=True))")
+        optimizer = torch.optim.AdamW(groups, lr=lr)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(schedule, steps, warmup))
+        run = Run(model, optimizer, scheduler, checkpoint)
+        if checkpoint is not None:
+            run.identity = {"method": repr(method), "steps": steps, "lr": lr, "seed": seed, "weight decay": weight_decay,
+                            "warmup": warmup, "schedule": schedule, "adapted layers": [name for name, _ in adapters(model)],
+                            "first batch": _digest(batches(0)), "base": "" if method.trains_base else base_fingerprint(model)}
+            run.resume()
+        was_training = model.training
+        model.train()
+        bar = tqdm(total=steps, initial=run.step, unit="step", disable=not progress)
+        try:
+            for step in range(run.step, steps):
+                if evaluate and step % evaluate_every == 0:
+                    run.follow(evaluate)
+                x, y = batches(step)
+                loss = loss_fn(model, x.to(device), y.to(device))
+                if not math.isfinite(loss.item()):
+                    raise FloatingPointError(f"the loss is {loss.item()} at step {step}: a lower learning rate than {lr:g} may help")
+                optimizer.zero_grad()
+                (loss + method.penalty(model)).backward()
+                with run.whole_step():                             # Ctrl-C waits: a half-made step is never saved
+                    method.before_step(model, step)
+                    optimizer.step()
+                    method.after_step(model, step)
+                    run.history["loss"].append(loss.item())
+                    run.history["lr"].append(scheduler.get_last_lr()[0])
+                    scheduler.step()
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                bar.update()
+            if evaluate:
+                run.follow(evaluate)
+        finally:
+            run.save()
+            bar.close()
+            optimizer.zero_grad()
+            model.train(was_training)
+    return run.history
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate's factor at a step: up over `warmup` steps, then constant, or down to 0 at `steps`."""
+
+    shape: str
+    steps: int
+    warmup: int
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.shape]
+
+
+class Run:
+    """What a checkpoint holds: what is trained, optimizer, scheduler, random state, step, history; and whose run it is."""
+
+    def __init__(self, model: nn.Module, optimizer, scheduler, path: str | Path | None):
+        self.model, self.optimizer, self.scheduler, self.path = model, optimizer, scheduler, path
+        self.identity: dict = {}
+        self.step = 0
+        self.history: dict[str, list] = {"loss": [], "lr": [], "evaluated": []}
+        self.random = _random_state(model)
+        self.is_whole = True
+        self.started, self.spent_saving = time.monotonic(), 0.0
+
+    def resume(self) -> None:
+        if not Path(self.path).exists():
+            return
+        state = load_checkpoint(self.path, self.identity)
+        with torch.no_grad():
+            for name, tensor in _trained(self.model).items():
+                tensor.copy_(state["trained"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step, self.history, self.random = state["step"], state["history"], state["random"]
+        _set_random_state(self.model, self.random)
+        print(f"resumed at step {self.step}", flush=True)
+
+    @contextmanager
+    def whole_step(self) -> Iterator[None]:
+        """Around everything that changes the state: all of it happens, or the checkpoint before it stands."""
+        with uninterrupted():
+            self.is_whole = False
+            yield
+            self.step += 1
+            self.random = _random_state(self.model)
+            self.is_whole = True
+            if self.spent_saving <= CHECKPOINT_SHARE * (time.monotonic() - self.started):
+                self.save()
+
+    def save(self) -> None:
+        if self.path is None or not self.is_whole:
+            return
+        began = time.monotonic()
+        save_checkpoint(self.path, self.identity, {
+            "trained": _trained(self.model), "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+            "random": self.random, "step": self.step, "history": self.history,
+        })
+        self.spent_saving += time.monotonic() - began
+
+    def follow(self, evaluate: Callable[[nn.Module], float]) -> None:
+        """Note evaluate(model) for this step, once. It runs in eval mode and cannot move the training's random numbers."""
+        evaluated = self.history["evaluated"]
+        if not evaluated or evaluated[-1][0] != self.step:
+            self.model.eval()
+            with torch.no_grad():
+                evaluated.append([self.step, float(evaluate(self.model))])
+            self.model.train()
+            _set_random_state(self.model, self.random)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C inside the block takes effect at its end. (Python delivers signals to the main thread only.)"""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    pressed = []
+    signal.signal(signal.SIGINT, lambda *signal_and_frame: pressed.append(signal_and_frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        before(*pressed[0])
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, windows: Tensor, rows: int = 32) -> float:
+    """Mean nats per predicted byte. windows: (N, T + 1) int64. Divide by ln 2 for bits per byte."""
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    total = sum(next_byte_loss(model, part[:, :-1], part[:, 1:]).item() * len(part) for part in windows.to(device).split(rows))
+    model.train(was_training)
+    return total / len(windows)
+
+
+@torch.no_grad()
+def exact_match(model: nn.Module, questions: Sequence[tuple[str, str]], rows: int = 64) -> float:
+    """The share of questions that greedy decoding answers byte for byte.
+
+    Greedy decoding gives the answer exactly when, the answer's own bytes fed in, each next one is the likeliest: one forward
+    pass instead of one a byte.
+    """
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    right = 0
+    for start in range(0, len(questions), rows):
+        part = [(question.encode(), answer.encode()) for question, answer in questions[start:start + rows]]
+        longest = max(len(question + answer) for question, answer in part)
+        ids = torch.tensor([list((question + answer).ljust(longest, b"\n")) for question, answer in part], device=device)
+        logits = model(ids[:, :-1])
+        guesses = getattr(logits, "logits", logits).argmax(-1)                 # (rows, longest - 1)
+        for row, (question, answer) in enumerate(part):
+            asked, end = len(question), len(question + answer)
+            right += torch.equal(guesses[row, asked - 1:end - 1], ids[row, asked:end])
+    model.train(was_training)
+    return right / len(questions)
+
+
+def _adapt_once(model: nn.Module, method: Method, targets: list[str] | None) -> None:
+    there = [adapter for _, adapter in adapters(model)]
+    if not there or method.trains_base:
+        adapt(model, method, targets)
+    elif there[0].method != method:
+        raise ValueError(f"the model is adapted with {there[0].method}, and was asked to train {method}")
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """By name: every parameter that is trained, and the buffers beside it (a method keeps its own state there)."""
+    state = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    owners = dict(adapters(model)) or {"": model}
+    for prefix, owner in owners.items():
+        state |= {f"{prefix}.{name}": buffer for name, buffer in owner.named_buffers() if not name.startswith("base.")}
+    return state
+
+
+def _random_state(model: nn.Module) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    state = {"cpu": torch.get_rng_state()}
+    if device.type in ("cuda", "mps"):
+        state[device.type] = getattr(torch, device.type).get_rng_state()
+    return state
+
+
+def _set_random_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    device = next(model.parameters()).device.type
+    if device in state and device != "cpu":
+        getattr(torch, device).set_rng_state(state[device])
+
+
+def _digest(batch: tuple[Tensor, Tensor]) -> str:
+    return hashlib.sha256(b"".join(part.cpu().contiguous().numpy().tobytes() for part in batch)).hexdigest()
+
+
+def _check(steps, lr, weight_decay, warmup, schedule, evaluate_every) -> None:
+    for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0), ("evaluate_every", evaluate_every, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"the learning rate must be positive and finite, got {lr!r}")
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise ValueError(f"weight_decay must be finite and not negative, got {weight_decay!r}")
+    if schedule not in ("constant", "linear", "cosine"):
+        raise ValueError(f"schedule must be constant, linear or cosine, got {schedule!r}")
