@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -51,6 +52,14 @@ class Adapter(nn.Module):
 
 def _stay_visible(module, inputs, output):
     return None
+
+
+def add_product(y: Tensor, z: Tensor, B: Tensor, scale: float) -> Tensor:
+    """y + scale · z Bᵀ in one pass over y.     y: (..., out)   z: (..., rank)   B: (out, rank)"""
+    if y.is_nested:                                # nn.TransformerEncoder packs padded batches so; addmm does not take them
+        return y + scale * F.linear(z, B.to(y.dtype))
+    out, rank = B.shape
+    return torch.addmm(y.reshape(-1, out), z.reshape(-1, rank), B.T.to(y.dtype), alpha=scale).view_as(y)
 
 
 @dataclass(frozen=True)

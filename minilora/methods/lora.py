@@ -11,11 +11,10 @@ Trainable parameters: rank · (in + out) for each adapted layer.
 import math
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter, Method
+from minilora.adapter import Adapter, Method, add_product
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,7 @@ class LoRALinear(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)                                              # (..., in) -> (..., out)
         z = F.linear(self.dropout(x), self.A.to(x.dtype))             # (..., in) -> (..., rank)
-        return torch.addmm(                                           # y + s · z Bᵀ in one pass over y
-            y.reshape(-1, self.out_features), z.reshape(-1, self.method.rank), self.B.T.to(y.dtype), alpha=self.scale
-        ).view_as(y)
+        return add_product(y, z, self.B, self.scale)                  # y + s · z Bᵀ
 
     def delta_weight(self) -> Tensor:
         """(out, in): what merging adds to W."""

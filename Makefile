@@ -1,0 +1,32 @@
+# make lab: Jupyter at the lesson table.   make test: everything is checked.   make demo: fine-tune on a file of this repository.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: lab test demo notebooks
+
+# Markdown opens rendered, not as source; as root (in a container) Jupyter wants to be told that this is meant.
+lab: .venv/ready
+	$(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) \
+		--LabApp.default_url="/lab/tree/README.md" $(LAB_OPTIONS)
+
+test: .venv/peers
+	$(BIN)/python -m pytest tests notebooks --nbval-lax -q --durations=8
+
+demo: .venv/ready
+	$(BIN)/python -m minilora finetune --text minilora/data.py --steps 150 --out runs/demo --force
+
+notebooks: .venv/ready
+	$(BIN)/python notebooks/execute.py
+
+.venv/ready: requirements.txt constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; name one by: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -r requirements.txt -c constraints.txt
+	mkdir -p .venv/share/jupyter/lab/settings
+	cp notebooks/jupyterlab.json .venv/share/jupyter/lab/settings/overrides.json
+	touch $@
+
+.venv/peers: .venv/ready requirements-peers.txt
+	$(BIN)/python -m pip install -q -r requirements-peers.txt -c constraints.txt
+	touch $@

@@ -1,0 +1,264 @@
+"""python -m minilora: fine-tune the tiny GPT on a text of your own, let it speak, merge what it learned.
+
+    finetune   --text FILE | --task voice|facts|sums   [--method lora --rank 8 --steps 200 --out DIR …]
+    generate   [--adapter DIR] --prompt TEXT
+    merge      --adapter DIR --out FILE
+    pretrain   --out FILE                              how the shipped base was made
+"""
+
+import argparse
+import copy
+import dataclasses
+import io
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import minilora as ml
+from minilora import data, plots, storage
+from minilora.methods import METHODS
+
+CHECKPOINT, MODEL, HISTORY, PICTURE = "checkpoint.pt", "model.safetensors", "history.json", "loss.png"
+WRITTEN = (CHECKPOINT, MODEL, HISTORY, PICTURE, storage.CONFIG, storage.WEIGHTS)
+RATES = {"full": 1e-3, "lora": 5e-3}     # --lr where none is given
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"minilora: {message}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0, 2 for bad input (one line says what), 130 after Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")          # a terminal without UTF-8 shows ? and goes on
+    args = parser().parse_args(arguments)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"minilora: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> Parser:
+    top = Parser(prog="minilora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(required=True, metavar="command", parser_class=Parser)
+
+    finetune = commands.add_parser("finetune", help="adapt the base to a text or a built-in task")
+    source = finetune.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", type=Path, metavar="FILE", help="any UTF-8 file; its last tenth is held out")
+    source.add_argument("--task", choices=data.TASKS, help="a task with known answers")
+    finetune.add_argument("--method", choices=METHODS, default="lora")
+    finetune.add_argument("--rank", type=whole(1), default=8)
+    finetune.add_argument("--alpha", type=positive, help="strength of the update (default: the method's)")
+    finetune.add_argument("--steps", type=whole(1), default=200)
+    finetune.add_argument("--lr", type=positive, help="peak learning rate (default: one that suits the method)")
+    finetune.add_argument("--seed", type=whole(0), default=0)
+    finetune.add_argument("--targets", help="comma-separated names of layers (default: all linear layers of the blocks)")
+    finetune.add_argument("--out", type=Path, metavar="DIR", help="where the adapter goes (default: runs/NAME-METHOD)")
+    finetune.add_argument("--force", action="store_true", help="replace what an earlier run left in DIR")
+    finetune.set_defaults(run=run_finetune)
+
+    generate = commands.add_parser("generate", help="continue a prompt")
+    generate.add_argument("--prompt", default="", help="how the text begins (default: a new document)")
+    generate.add_argument("--adapter", type=Path, metavar="DIR", help="what finetune wrote")
+    generate.add_argument("--max-new", type=whole(1), default=200, metavar="BYTES")
+    generate.add_argument("--temperature", type=not_negative, default=0.7)
+    generate.add_argument("--seed", type=whole(0), default=None)
+    generate.set_defaults(run=run_generate)
+
+    merge = commands.add_parser("merge", help="fold an adapter into a model file of its own")
+    merge.add_argument("--adapter", type=Path, required=True, metavar="DIR")
+    merge.add_argument("--out", type=Path, required=True, metavar="FILE")
+    merge.add_argument("--force", action="store_true", help="replace FILE")
+    merge.set_defaults(run=run_merge)
+
+    for command in (finetune, generate, merge):
+        command.add_argument("--base", type=Path, metavar="FILE", help="another base than the shipped one")
+
+    pretrain = commands.add_parser("pretrain", help="make a base model from nothing, as the shipped one was made")
+    pretrain.add_argument("--out", type=Path, required=True, metavar="FILE")
+    pretrain.add_argument("--steps", type=whole(1), default=4000)
+    pretrain.set_defaults(run=run_pretrain)
+    return top
+
+
+def run_finetune(args: argparse.Namespace) -> int:
+    task = data.text(args.text) if args.text else data.TASKS[args.task]()
+    method = make_method(args.method, rank=args.rank, alpha=args.alpha)
+    targets = args.targets.split(",") if args.targets else None
+    model = on_best_device(ml.load_base(args.base))
+    ml.adapt(copy.deepcopy(model), method, targets)       # whatever the method or the targets refuse, it is refused here
+    lr = args.lr or RATES[args.method]
+    size = model.config.context + 1
+    windows, home = task.held_out(size), data.world()
+
+    out = args.out or Path("runs") / f"{args.text.stem if args.text else args.task}-{args.method}"
+    made = claim(out, args.force)
+    try:
+        print(f"{task.name}: {windows.numel():,} bytes held out" + (f", {data.overlap(task, args.text.read_bytes()):.0%} of them seen in training" if args.text else ""))
+        print(f"\nbefore:\n{sample(model, task)}\n")
+        before = scores(model, task, windows, home, size)
+        try:
+            history = ml.finetune(
+                model, method, task.batches(16, model.config.context, args.seed), args.steps, lr, args.seed, out / CHECKPOINT, targets=targets,
+                warmup=min(20, args.steps // 10), schedule="linear", evaluate=lambda model: ml.held_out_loss(model, windows))
+        except KeyboardInterrupt:
+            print(f"\nstopped; a checkpoint is in {out}. The same command goes on from there.", file=sys.stderr)
+            return 130
+        after = scores(model, task, windows, home, size)
+        print(f"\nafter:\n{sample(model, task)}\n")
+        report(model, args, before, after)
+        if method.trains_base:
+            storage.save_model(model, out / MODEL)
+        else:
+            ml.save_adapter(model, out)
+        picture = io.BytesIO()
+        floor = task.floor(windows) if task.floor else None
+        plots.loss_curve(history, f"{task.name}: {args.method}, {ml.trainable_parameters(model):,} trainable parameters", floor).savefig(picture, dpi=150)
+        storage.write_atomically(out / PICTURE, picture.getvalue())
+        settings = {"task": task.name, "method": args.method, "hyperparameters": dataclasses.asdict(method), "targets": targets,
+                    "steps": args.steps, "lr": lr, "seed": args.seed, "trainable_parameters": ml.trainable_parameters(model)}
+        summary = settings | {"before": before, "after": after} | history
+        storage.write_atomically(out / HISTORY, (json.dumps(summary, indent=1) + "\n").encode())    # last: it marks the run as finished
+        (out / CHECKPOINT).unlink(missing_ok=True)
+        print(f"\nin {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+        return 0
+    finally:
+        for folder in made:                               # a folder that nothing was written to is not left behind
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    model = on_best_device(load(args))
+    print(model.generate(args.prompt, args.max_new, args.temperature, args.seed))
+    return 0
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    if args.out.exists() and not args.force:
+        raise ValueError(f"{args.out} exists already; --force replaces it")
+    storage.save_model(ml.merge(ml.load_adapter(ml.load_base(args.base), args.adapter)), args.out)
+    print(f"{args.out}: a model of its own; speak with it by `generate --base {args.out}`")
+    return 0
+
+
+def run_pretrain(args: argparse.Namespace) -> int:
+    torch.manual_seed(0)
+    model = on_best_device(ml.TinyGPT())
+    tiny = data.world()
+    windows = tiny.held_out(model.config.context + 1)
+    checkpoint = args.out.with_suffix(".checkpoint")
+    ml.finetune(model, ml.FullFineTuning(), data.pretraining(), args.steps, lr=2e-3, checkpoint=checkpoint, weight_decay=0.01,
+                warmup=100, schedule="cosine", evaluate=lambda model: ml.held_out_loss(model, windows), evaluate_every=250)
+    storage.save_model(model, args.out)
+    checkpoint.unlink()
+    print(f"tiny world, held out: {ml.held_out_loss(model, windows):.4f} nats per byte, floor {tiny.floor(windows):.4f}")
+    return 0
+
+
+def make_method(name: str, **options) -> ml.Method:
+    """The method of that name, with those of the options that it knows and the user gave."""
+    kind = METHODS[name]
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{option: value for option, value in options.items() if option in known and value is not None})
+
+
+def load(args: argparse.Namespace) -> ml.TinyGPT:
+    """The base, with the adapter if one is named; or the whole model that full fine-tuning left in that folder."""
+    if args.adapter and (args.adapter / MODEL).exists():
+        return ml.load_base(args.adapter / MODEL)
+    model = ml.load_base(args.base)
+    return ml.load_adapter(model, args.adapter) if args.adapter else model
+
+
+def claim(out: Path, force: bool) -> list[Path]:
+    """Make sure that the folder is there, ours to write in, and no finished run's. Returns the folders that had to be made."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; --out takes a folder")
+    there = {file.name for file in out.iterdir()} if out.exists() else set()
+    if not force and HISTORY in there:
+        raise ValueError(f"{out} holds a finished run; take another --out, or --force to replace it")
+    if not force and there and CHECKPOINT not in there:
+        raise ValueError(f"{out} is not empty and holds no run to go on with; take another --out, or --force to write there")
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        for folder in made:
+            folder.rmdir()
+        raise ValueError(f"{out}: cannot write there ({error.strerror})") from None
+    if force:
+        for name in WRITTEN:
+            (out / name).unlink(missing_ok=True)
+    return made
+
+
+def scores(model: ml.TinyGPT, task: data.Task, windows: torch.Tensor, home: data.Task, size: int) -> dict[str, float]:
+    """Bits per byte on the task's held-out part and on the tiny world's, and the share of its questions answered exactly."""
+    found = {"bits_per_byte": ml.held_out_loss(model, windows) / math.log(2),
+             "world_bits_per_byte": ml.held_out_loss(model, home.held_out(size)) / math.log(2)}
+    if task.questions:
+        found["exact_match"] = ml.exact_match(model, task.questions)
+    return found
+
+
+def sample(model: ml.TinyGPT, task: data.Task) -> str:
+    lines = model.generate(task.prompt, 160, temperature=0.7, seed=0).strip("\n").splitlines()
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def report(model: ml.TinyGPT, args: argparse.Namespace, before: dict, after: dict) -> None:
+    print(f"{args.method}: {ml.trainable_parameters(model):,} of {sum(p.numel() for p in model.parameters()):,} parameters trained")
+    print(f"held out:  {before['bits_per_byte']:.3f} -> {after['bits_per_byte']:.3f} bits per byte")
+    if "exact_match" in after:
+        print(f"answered:  {before['exact_match']:.1%} -> {after['exact_match']:.1%} of unseen questions, byte for byte")
+    forgotten = after["world_bits_per_byte"] - before["world_bits_per_byte"]
+    print(f"forgotten: {forgotten:+.3f} bits per byte on the tiny world ({before['world_bits_per_byte']:.3f} -> {after['world_bits_per_byte']:.3f})")
+
+
+def on_best_device(model: ml.TinyGPT) -> ml.TinyGPT:
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return model.to(best)
+
+
+def whole(least: int):
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return number
+
+
+def positive(text: str) -> float:
+    value = not_negative(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text!r}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number that is not negative, got {text!r}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

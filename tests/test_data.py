@@ -1,0 +1,216 @@
+"""The tiny world: its entropy by closed form, by Monte-Carlo and by counting; its tasks; and files of one's own."""
+
+import math
+import random
+import re
+import statistics
+
+import pytest
+import torch
+
+from minilora import data
+
+PLAIN, LOUD = data.World(), data.World(data.loudly)
+
+
+def documents(world, count, held_out=False, seed=0):
+    rng = random.Random(seed)
+    return [world.document(rng, held_out) for _ in range(count)]
+
+
+def derivations(text, voice):
+    """How many ways there are to derive a whole document: a second parser, by backtracking over regular expressions.
+
+    Each kind becomes one pattern in which a slot is an alternation and a repeated name a back-reference; every assignment of
+    words to slots that gives the text back is counted.
+    """
+    count = 0
+    for kind in data.KINDS:
+        slots = dict(re.findall(r"\{(\w+):(\w+)\}", kind))
+        pattern, seen = "", set()
+        for part in re.split(r"(\{[^}]+\})", kind):
+            name, _, rest = part.strip("{}").partition(":")
+            if not part.startswith("{"):
+                pattern += re.escape(voice(part))
+            elif rest:
+                pattern += f"(?P<{name}>" + "|".join(map(voice, data.SLOTS[rest])) + ")"
+                seen.add(name)
+            elif "." in name:
+                pattern += "(?:" + "|".join(voice(w) for w in ("she", "he", "She", "He")) + ")"
+            else:
+                pattern += f"(?P={name})"
+        match = re.fullmatch(pattern, text)
+        if match:
+            words = [[w for w in data.SLOTS[slot] if voice(w) == match[name]] for name, slot in slots.items()]
+            told = match.groupdict()
+            distinct = all(told[a] != told[b] for a in slots for b in slots if a < b and slots[a] == slots[b])
+            count += math.prod(map(len, words)) * distinct
+    return count
+
+
+def test_entropy_is_log_kinds_plus_the_slots_logs():
+    # place, gift: person·23 others·16 places·12 looks·24 things; likes (twice): 24·16·15·14; trade: 24·23·24·23;
+    # where: 12·24·16·11·23·15; evening: 24·12·24·16
+    choices = [24 * 23 * 16 * 12 * 24] * 2 + [24 * 16 * 15 * 14] * 2 + [24 * 23 * 24 * 23, 12 * 24 * 16 * 11 * 23 * 15, 24 * 12 * 24 * 16]
+    assert PLAIN.entropy == pytest.approx(math.log(7) + sum(map(math.log, choices)) / 7, abs=1e-12)
+
+
+def test_entropy_agrees_with_monte_carlo():
+    # both parts together follow the grammar: nine tenths and one tenth, as the hash splits them
+    rng = random.Random(1)
+    share = 26 / 256
+    surprise = []
+    for _ in range(4000):
+        document = PLAIN.document(rng, held_out=rng.random() < share)
+        surprise.append(-math.log(sum(PLAIN.readings(document))))
+    error = statistics.stdev(surprise) / math.sqrt(len(surprise))
+    assert abs(statistics.mean(surprise) - PLAIN.entropy) < 4 * error
+
+
+@pytest.mark.parametrize("world", [PLAIN, LOUD], ids=["plain", "loud"])
+def test_every_document_has_exactly_one_derivation(world):
+    for document in documents(world, 500):
+        assert derivations(document, world.voice) == 1
+        assert len(list(world.readings(document))) == 1
+
+
+def test_what_the_grammar_does_not_say_has_no_reading():
+    good = "Anna has a ball and Ben has a key. They trade. Now Anna has the key and Ben has the ball.\n"
+    assert len(list(PLAIN.readings(good))) == 1
+    for bad in (good.replace("Now Anna", "Now Ben"), good.replace("key", "ball"), good[:-1] + " \n", good.replace("Ben", "Anna"), "x" + good):
+        assert not list(PLAIN.readings(bad)), bad
+
+
+def test_pronouns_agree():
+    assert list(PLAIN.readings("Anna likes tea and milk, but she"))
+    assert not list(PLAIN.readings("Anna likes tea and milk, but he"))
+
+
+def test_the_probabilities_of_what_may_come_next_add_up():
+    symbols = [chr(i) for i in range(128)]
+    for document in documents(PLAIN, 20):
+        for cut in (0, 1, 5, len(document) // 2, len(document) - 1):
+            start = document[:cut]
+            ahead = sum(sum(PLAIN.readings(start + symbol)) for symbol in symbols)
+            assert ahead == pytest.approx(sum(PLAIN.readings(start)) if start else 1.0, rel=1e-9)
+
+
+def test_documents_are_whole_lines_that_fit_the_context():
+    for document in documents(PLAIN, 2000):
+        assert document.endswith("\n") and document.count("\n") == 1 and len(document) <= 128
+
+
+def test_train_and_held_out_documents_are_disjoint():
+    train, held_out = set(documents(PLAIN, 5000)), set(documents(PLAIN, 1000, held_out=True))
+    assert not train & held_out
+    assert not any(map(data.is_held_out, train)) and all(map(data.is_held_out, held_out))
+    windows = data.world().held_out(129)
+    shown = {line for row in windows.tolist() for line in bytes(row[1:]).decode().splitlines(keepends=True)[:-1]}
+    assert shown and all(map(data.is_held_out, shown))
+
+
+def test_the_other_voice_can_be_undone_and_shares_the_floor():
+    told = {data.loudly(d): d for d in documents(PLAIN, 3000)}
+    assert len(told) == len(set(documents(PLAIN, 3000)))
+    for loud, plain in list(told.items())[:200]:
+        assert sum(LOUD.readings(loud)) == pytest.approx(sum(PLAIN.readings(plain)), rel=1e-12)
+    assert data.voice().floor(data.voice().held_out(65)) == pytest.approx(data.world().floor(data.world().held_out(65)), rel=1e-9)
+
+
+def test_the_voices_held_out_documents_are_held_out_in_the_world_too():
+    plain = {data.loudly(d) for d in documents(PLAIN, 5000)}
+    assert not plain & set(documents(LOUD, 500, held_out=True))
+
+
+def test_the_floor_of_whole_documents_is_their_log_probability():
+    text = "\n" + "".join(documents(PLAIN, 3))
+    nats = -sum(math.log(sum(PLAIN.readings(d))) for d in text[1:].splitlines(keepends=True))
+    assert PLAIN.floor(torch.tensor([list(text.encode())])) == pytest.approx(nats / (len(text) - 1), rel=1e-12)
+
+
+def test_the_floor_refuses_bytes_of_another_world():
+    with pytest.raises(ValueError, match="no document"):
+        PLAIN.floor(data.voice().held_out(65))
+
+
+def test_batches_are_a_pure_function_of_the_step():
+    one, two, other = data.world().batches(4, 64, seed=1), data.world().batches(4, 64, seed=1), data.world().batches(4, 64, seed=2)
+    two(7)
+    x, y = one(3)
+    assert x.shape == y.shape == (4, 64) and x.dtype == torch.int64
+    assert torch.equal(x, two(3)[0]) and torch.equal(y, two(3)[1])
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    assert not torch.equal(x, one(4)[0]) and not torch.equal(x, other(3)[0])
+
+
+def test_facts_ask_in_a_wording_that_was_not_trained():
+    task = data.facts(20)
+    rng = random.Random(0)
+    trained = b"".join(task.window(rng, 2000) for _ in range(30)).decode()
+    assert len(task.questions) == 10
+    for question, answer in task.questions:
+        name = question.split()[2]
+        assert question.strip() not in trained
+        assert f"{name} has a {answer.strip()}" in trained and f"The {answer.strip().rstrip('.')} belongs to {name}." in trained
+
+
+def test_sums_are_right_and_both_orders_are_on_one_side():
+    task = data.sums()
+    rng = random.Random(0)
+    trained = set(b"".join(task.window(rng, 5000)[1:].rpartition(b"\n")[0] + b"\n" for _ in range(40)).decode().split())
+    asked = {(q + a).strip() for q, a in task.questions}
+    assert not trained & asked and len(asked) > 800
+    for line in trained | asked:
+        a, b, total = map(int, re.split(r"[+=]", line))
+        assert a + b == total
+        assert not ((f"{b}+{a}={total}" in trained) and line in asked)
+
+
+def test_a_text_is_split_by_position_between_characters(tmp_path):
+    content = "三人行，必有我师焉。" * 200
+    (tmp_path / "lunyu.txt").write_text(content, encoding="utf-8")
+    task = data.text(tmp_path / "lunyu.txt")
+    encoded = content.encode()
+    windows = task.held_out(65)
+    tail = bytes(windows[0].tolist()).decode(errors="ignore")
+    assert encoded.endswith(encoded[len(encoded) * 9 // 10 + 3:]) and tail and windows.shape[1] == 65
+    assert task.prompt and "\N{REPLACEMENT CHARACTER}" not in task.prompt
+
+
+def test_training_windows_never_reach_the_held_out_part():
+    content = b"a" * 9000 + b"b" * 1000
+    task = data.split_text(content, "ab")
+    rng = random.Random(0)
+    assert all(set(task.window(rng, 129)) == {ord("a")} for _ in range(500))
+    assert set(task.held_out(129).flatten().tolist()) == {ord("b")}
+
+
+def test_overlap_counts_what_stands_in_both_parts():
+    rng = random.Random(0)
+    noise = bytes(rng.randrange(97, 123) for _ in range(10_000))
+    task = data.split_text(noise, "noise")
+    assert data.overlap(task, noise) == 0.0
+    repeated = noise[:1000] * 10
+    assert data.overlap(data.split_text(repeated, "repeated"), repeated) == 1.0
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"", "empty"), (b" \n\t ", "empty"), (b"short", "too short: 5 bytes"),
+    (b"\xff\xfe" * 2000, "not UTF-8"), (b"text\0" * 1000, "binary"), (("é" * 3000).encode("latin-1"), "not UTF-8"),
+], ids=["empty", "blank", "short", "garbage", "zeros", "latin-1"])
+def test_files_that_are_no_text_are_refused_by_name(tmp_path, content, says):
+    (tmp_path / "file.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"file.txt.*{says}"):
+        data.text(tmp_path / "file.txt")
+
+
+def test_missing_files_and_folders_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="nothing.txt.*cannot be read"):
+        data.text(tmp_path / "nothing.txt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        data.text(tmp_path)
+
+
+def test_prose_is_the_same_every_time_and_has_no_binary_in_it():
+    text = data.prose()
+    assert text == data.prose() and len(text) > 500_000 and b"\0" not in text
