@@ -125,7 +125,8 @@ def run_finetune(args: argparse.Namespace) -> int:
             ml.save_adapter(model, out)
         picture = io.BytesIO()
         floor = task.floor(windows) if task.floor else None
-        plots.loss_curve(history, f"{task.name}: {args.method}, {ml.trainable_parameters(model):,} trainable parameters", floor).savefig(picture, dpi=150)
+        name = task.name if task.name.isascii() else "your text"           # matplotlib's own font knows no Chinese
+        plots.loss_curve(history, f"{name}: {args.method}, {ml.trainable_parameters(model):,} trainable parameters", floor).savefig(picture, dpi=150)
         storage.write_atomically(out / PICTURE, picture.getvalue())
         settings = {"task": task.name, "method": args.method, "hyperparameters": dataclasses.asdict(method), "targets": targets,
                     "steps": args.steps, "lr": lr, "seed": args.seed, "trainable_parameters": ml.trainable_parameters(model)}
@@ -187,7 +188,8 @@ def claim(out: Path, force: bool) -> list[Path]:
     """Make sure that the folder is there, ours to write in, and no finished run's. Returns the folders that had to be made."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out takes a folder")
-    there = {file.name for file in out.iterdir()} if out.exists() else set()
+    unfinished = {f".{name}.tmp" for name in WRITTEN}     # what a kill in the middle of writing leaves
+    there = {file.name for file in out.iterdir()} - unfinished if out.exists() else set()
     if not force and HISTORY in there:
         raise ValueError(f"{out} holds a finished run; take another --out, or --force to replace it")
     if not force and there and CHECKPOINT not in there:
@@ -201,7 +203,7 @@ def claim(out: Path, force: bool) -> list[Path]:
             folder.rmdir()
         raise ValueError(f"{out}: cannot write there ({error.strerror})") from None
     if force:
-        for name in WRITTEN:
+        for name in {*WRITTEN, *unfinished}:
             (out / name).unlink(missing_ok=True)
     return made
 

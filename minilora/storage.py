@@ -44,7 +44,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     about = {"method": type(method).__name__, "fields": dataclasses.asdict(method), "layers": list(found), "base": base_fingerprint(model)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / WEIGHTS, safetensors.torch.save(tensors, {"format": "pt", "minilora": json.dumps(about)}))
+    write_atomically(folder / WEIGHTS, _packed(tensors, {"format": "pt", "minilora": json.dumps(about)}))
     write_atomically(folder / CONFIG, (json.dumps(_peft_config(method, list(found)), indent=2) + "\n").encode())
     return folder
 
@@ -91,7 +91,7 @@ def base_fingerprint(model: nn.Module) -> str:
 def save_model(model: TinyGPT, path: str | Path) -> None:
     """A whole TinyGPT with its configuration, as load_base reads it."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path, safetensors.torch.save(tensors, {"format": "pt", "gpt_config": json.dumps(dataclasses.asdict(model.config))}))
+    write_atomically(path, _packed(tensors, {"format": "pt", "gpt_config": json.dumps(dataclasses.asdict(model.config))}))
 
 
 def save_checkpoint(path: str | Path, identity: dict, state: dict) -> None:
@@ -128,6 +128,15 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)
         os.close(directory)
+
+
+def _packed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file with its header in sorted order: the library writes metadata in a random one, and equal adapters should be equal files."""
+    content = safetensors.torch.save(tensors, metadata)
+    size = int.from_bytes(content[:8], "little")                            # the header's length, then the header, then the data
+    header = json.dumps(json.loads(content[8:8 + size]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + size:]
 
 
 def _peft_config(method: LoRA, layers: list[str]) -> dict:

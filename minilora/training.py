@@ -83,8 +83,8 @@ def finetune(
         if checkpoint is not None:
             run.identity = {"method": repr(method), "steps": steps, "lr": lr, "seed": seed, "weight decay": weight_decay,
                             "warmup": warmup, "schedule": schedule, "adapted layers": [name for name, _ in adapters(model)],
-                            "first batch": _digest(batches(0)), "base": "" if method.trains_base else base_fingerprint(model)}
-            run.resume()
+                            "base": "" if method.trains_base else base_fingerprint(model)}
+            run.resume(batches)
         was_training = model.training
         model.train()
         bar = tqdm(total=steps, initial=run.step, unit="step", disable=not progress)
@@ -93,6 +93,8 @@ def finetune(
                 if evaluate and step % evaluate_every == 0:
                     run.follow(evaluate)
                 x, y = batches(step)
+                if step == 0:
+                    run.first_batch = _digest(x, y)
                 loss = loss_fn(model, x.to(device), y.to(device))
                 if not math.isfinite(loss.item()):
                     raise FloatingPointError(f"the loss is {loss.item()} at step {step}: a lower learning rate than {lr:g} may help")
@@ -138,22 +140,25 @@ class Run:
     def __init__(self, model: nn.Module, optimizer, scheduler, path: str | Path | None):
         self.model, self.optimizer, self.scheduler, self.path = model, optimizer, scheduler, path
         self.identity: dict = {}
+        self.first_batch = ""                  # its digest, which tells whether a resumed run reads the same data
         self.step = 0
         self.history: dict[str, list] = {"loss": [], "lr": [], "evaluated": []}
         self.random = _random_state(model)
         self.is_whole = True
         self.started, self.spent_saving = time.monotonic(), 0.0
 
-    def resume(self) -> None:
+    def resume(self, batches: Callable) -> None:
         if not Path(self.path).exists():
             return
         state = load_checkpoint(self.path, self.identity)
+        if state["step"] and state["first batch"] != _digest(*batches(0)):
+            raise ValueError(f"{self.path}: a checkpoint of another run, whose first batch was another: the data or its seed has changed")
         with torch.no_grad():
             for name, tensor in _trained(self.model).items():
                 tensor.copy_(state["trained"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.step, self.history, self.random = state["step"], state["history"], state["random"]
+        self.step, self.history, self.random, self.first_batch = (state[key] for key in ("step", "history", "random", "first batch"))
         _set_random_state(self.model, self.random)
         print(f"resumed at step {self.step}", flush=True)
 
@@ -175,7 +180,7 @@ class Run:
         began = time.monotonic()
         save_checkpoint(self.path, self.identity, {
             "trained": _trained(self.model), "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-            "random": self.random, "step": self.step, "history": self.history,
+            "random": self.random, "step": self.step, "history": self.history, "first batch": self.first_batch,
         })
         self.spent_saving += time.monotonic() - began
 
@@ -272,7 +277,7 @@ def _set_random_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         getattr(torch, device).set_rng_state(state[device])
 
 
-def _digest(batch: tuple[Tensor, Tensor]) -> str:
+def _digest(*batch: Tensor) -> str:
     return hashlib.sha256(b"".join(part.cpu().contiguous().numpy().tobytes() for part in batch)).hexdigest()
 
 

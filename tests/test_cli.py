@@ -1,0 +1,270 @@
+"""python -m minilora as a user meets it: whole runs, a real Ctrl-C and a real kill, and one clear line for each bad input."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import minilora as ml
+from minilora.__main__ import main
+from minilora.storage import save_model
+
+TEXT = "The quick brown fox jumps over the lazy dog, number {}. "
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A small base of its own, so that a run takes a second."""
+    torch.manual_seed(0)
+    save_model(ml.TinyGPT(ml.GPTConfig(context=64, width=16, layers=2, heads=2)), tmp_path / "base.safetensors")
+    return str(tmp_path / "base.safetensors")
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "fox.txt"
+    path.write_text("".join(TEXT.format(i) for i in range(100)), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def finetune(tmp_path, base, text, capsys):
+    """finetune(--flag, value, …) -> (exit code, stdout, stderr, DIR), in process, on the small base."""
+
+    def run(*flags, out=tmp_path / "out", source=("--text", text)):
+        words = ["finetune", *source, "--base", base, "--rank", "2", "--steps", "6", "--out", str(out), *flags]
+        try:
+            code = main(words)
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err, out
+
+    return run
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+FINISHED = ["adapter_config.json", "adapter_model.safetensors", "history.json", "loss.png"]
+
+
+def test_a_run_shows_what_changed_and_writes_four_files(finetune):
+    code, out, err, folder = finetune()
+    assert code == 0 and files(folder) == FINISHED
+    for said in ("before:", "after:", "bits per byte", "forgotten:", "parameters trained", "of them seen in training"):
+        assert said in out
+    assert "6/6" in err                                              # the progress bar
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    history = json.loads((folder / "history.json").read_text())
+    assert len(history["loss"]) == 6 and history["method"] == "lora" and history["hyperparameters"]["rank"] == 2
+    assert [step for step, _ in history["evaluated"]] == [0, 6]
+    assert history["evaluated"][-1][1] == pytest.approx(history["after"]["bits_per_byte"] * 0.6931471805599453, rel=1e-6)
+
+
+def test_what_is_written_is_what_was_trained(finetune, base):
+    _, _, _, folder = finetune()
+    history = json.loads((folder / "history.json").read_text())
+    model = ml.load_adapter(ml.load_base(base), folder)
+    windows = ml.data.text(folder.parent / "fox.txt").held_out(65)
+    assert ml.held_out_loss(model, windows) / 0.6931471805599453 == pytest.approx(history["after"]["bits_per_byte"], rel=1e-6)
+
+
+@pytest.mark.parametrize("task", ["voice", "facts", "sums"])
+def test_built_in_tasks(finetune, task):
+    code, out, _, folder = finetune(source=("--task", task))
+    assert code == 0 and files(folder) == FINISHED
+    assert ("byte for byte" in out) == (task != "voice")
+
+
+def test_chinese_text(finetune, tmp_path):
+    (tmp_path / "论语.txt").write_text("子曰：学而时习之，不亦说乎？有朋自远方来，不亦乐乎？\n" * 60, encoding="utf-8")
+    code, out, _, folder = finetune(source=("--text", str(tmp_path / "论语.txt")))
+    assert code == 0 and files(folder) == FINISHED and out.count("子曰") >= 2 and "论语.txt" in out
+
+
+def test_full_fine_tuning_writes_the_whole_model(finetune, capsys):
+    code, _, _, folder = finetune("--method", "full")
+    assert code == 0 and files(folder) == ["history.json", "loss.png", "model.safetensors"]
+    assert main(["generate", "--adapter", str(folder), "--prompt", "The", "--max-new", "5", "--seed", "0"]) == 0
+    assert capsys.readouterr().out.startswith("The")
+
+
+def test_targets_and_alpha_are_used(finetune):
+    _, _, _, folder = finetune("--targets", "q_proj,down_proj", "--alpha", "3")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert len(config["target_modules"]) == 4 and config["lora_alpha"] == 3
+
+
+def test_the_same_command_twice_gives_the_same_bytes(finetune, tmp_path):
+    one, two = finetune(out=tmp_path / "one")[3], finetune(out=tmp_path / "two")[3]
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in FINISHED[:3])
+    three = finetune("--seed", "1", out=tmp_path / "three")[3]
+    assert (one / FINISHED[1]).read_bytes() != (three / FINISHED[1]).read_bytes()
+
+
+def test_a_finished_run_is_refused_without_force(finetune):
+    folder = finetune()[3]
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    code, out, err, _ = finetune()
+    assert code == 2 and "finished run" in err and "--force" in err and err.count("\n") == 1
+    assert before == {name: (folder / name).read_bytes() for name in files(folder)}
+    assert finetune("--force", "--seed", "3")[0] == 0
+    assert before["adapter_model.safetensors"] != (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_folder_with_other_things_in_it_is_refused_and_force_keeps_them(finetune, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    code, _, err, folder = finetune()
+    assert code == 2 and "not empty" in err and files(folder) == ["thesis.txt"]
+    assert finetune("--force")[0] == 0 and (folder / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_kill_while_the_first_checkpoint_was_written_blocks_nothing(finetune, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".checkpoint.pt.tmp").write_bytes(b"half of it")
+    code, _, _, folder = finetune()
+    assert code == 0 and files(folder) == FINISHED
+
+
+def start(base, text, out, *flags):
+    words = [sys.executable, "-m", "minilora", "finetune", "--text", text, "--base", base, "--rank", "2", "--steps", "400", "--out", str(out), *flags]
+    # a shell's background job would start with Ctrl-C ignored
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+
+
+def wait_for(path):
+    for _ in range(6000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} never came")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
+def test_ctrl_c_then_a_kill_then_the_same_command_ends_as_if_nothing_had_happened(base, text, tmp_path):
+    straight, out = tmp_path / "straight", tmp_path / "out"
+    whole = start(base, text, straight)
+    assert whole.wait() == 0
+
+    first = start(base, text, out)
+    wait_for(out / "checkpoint.pt")
+    first.send_signal(signal.SIGINT)
+    _, err = first.communicate()
+    assert first.returncode == 130 and "The same command goes on from there" in err and "Traceback" not in err
+    assert files(out) == ["checkpoint.pt"]
+
+    second = start(base, text, out, "--lr", "0.1")
+    out_text, err = second.communicate()
+    assert second.returncode == 2 and "whose lr was" in err and files(out) == ["checkpoint.pt"]
+
+    third = start(base, text, out)
+    written = (out / "checkpoint.pt").stat().st_mtime_ns
+    while (out / "checkpoint.pt").stat().st_mtime_ns == written and third.poll() is None:
+        time.sleep(0.005)
+    third.kill()
+    assert third.wait() == -signal.SIGKILL
+
+    last = start(base, text, out)
+    printed, _ = last.communicate()
+    assert last.returncode == 0 and "resumed at step" in printed and files(out) == FINISHED
+    for name in FINISHED[:3]:
+        assert (out / name).read_bytes() == (straight / name).read_bytes(), name
+
+
+BAD = [
+    (["--text", "{tmp}/nothing.txt"], "nothing.txt"), (["--text", "{tmp}"], "cannot be read"), (["--text", "{tmp}/empty.txt"], "empty"),
+    (["--text", "{tmp}/short.txt"], "too short"), (["--text", "{tmp}/binary.txt"], "UTF-8|binary"),
+    (["--text", "{text}", "--rank", "0"], "rank"), (["--text", "{text}", "--rank", "-1"], "rank"), (["--text", "{text}", "--rank", "17"], "rank 17 is above"),
+    (["--text", "{text}", "--rank", "two"], "rank"), (["--text", "{text}", "--steps", "0"], "steps"), (["--text", "{text}", "--steps", "-3"], "steps"),
+    (["--text", "{text}", "--steps", "1.5"], "steps"), (["--text", "{text}", "--steps", "inf"], "steps"), (["--text", "{text}", "--lr", "0"], "lr"),
+    (["--text", "{text}", "--lr", "-1"], "lr"), (["--text", "{text}", "--lr", "nan"], "lr"), (["--text", "{text}", "--lr", "inf"], "lr"),
+    (["--text", "{text}", "--method", "magic"], "magic"), (["--text", "{text}", "--targets", "query"], "no Linear matches 'query'.*q_proj"),
+    (["--text", "{text}", "--task", "voice"], "not allowed with"), (["--task", "poetry"], "poetry"), ([], "required"),
+    (["--text", "{text}", "--alpha", "x"], "alpha"), (["--text", "{text}", "--seed", "-1"], "seed"), (["--text", "{text}", "--base", "{tmp}/none"], "none: no such file"),
+    (["--text", "{text}", "--base", "{text}"], "fox.txt: not a whole"), (["--text", "{text}", "--colour", "red"], "colour"),
+    (["--text", "{text}", "--method", "full", "--targets", "q_proj"], "no targets"),
+]
+
+
+@pytest.mark.parametrize("flags, says", BAD, ids=[" ".join(flags[-2:]) or "nothing" for flags, _ in BAD])
+def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(tmp_path, base, text, capsys, flags, says):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 20)
+    out = tmp_path / "a" / "b" / "out"
+    words = [flag.format(tmp=tmp_path, text=text) for flag in flags]
+    try:
+        code = main(["finetune", "--base", base, "--out", str(out), *words])
+    except SystemExit as stop:
+        code = stop.code
+    err = capsys.readouterr().err
+    assert code == 2
+    assert err.count("\n") == 1 and re.search(says, err), err
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_clear_line(finetune, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        code, _, err, _ = finetune(out=out)
+        assert code == 2 and err.count("\n") == 1 and "file" in err
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_no_write_permission_is_one_clear_line_and_leaves_no_folder(finetune, tmp_path, monkeypatch):
+    """Root may write anywhere, so the refusal is made where the system would make it."""
+    import tempfile
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    code, _, err, _ = finetune(out=tmp_path / "a" / "out")
+    assert code == 2 and "cannot write there (Permission denied)" in err and err.count("\n") == 1 and not (tmp_path / "a").exists()
+
+
+def test_merged_and_adapted_models_say_the_same(finetune, base, tmp_path, capsys):
+    folder = finetune("--steps", "30")[3]
+    merged = tmp_path / "merged.safetensors"
+    assert main(["merge", "--adapter", str(folder), "--base", base, "--out", str(merged)]) == 0
+    adapted, plain = ml.load_adapter(ml.load_base(base), folder), ml.load_base(merged)
+    ids = torch.arange(32)[None] + 60
+    assert torch.allclose(adapted(ids), plain(ids), atol=1e-5) and not torch.allclose(plain(ids), ml.load_base(base)(ids), atol=1e-3)
+    assert main(["merge", "--adapter", str(folder), "--base", base, "--out", str(merged)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    capsys.readouterr()
+    said = []
+    for words in (["--adapter", str(folder), "--base", base], ["--base", str(merged)]):
+        assert main(["generate", *words, "--prompt", "The quick", "--max-new", "20", "--temperature", "0"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].startswith("The quick")
+
+
+@pytest.mark.parametrize("words, says", [
+    (["generate", "--adapter", "{tmp}/nowhere"], "adapter_config.json"), (["generate", "--temperature", "-1"], "temperature"), (["generate", "--max-new", "0"], "max-new"),
+    (["merge", "--adapter", "{tmp}/nowhere", "--out", "{tmp}/m"], "adapter_config.json"), (["dance"], "dance"), ([], "required"),
+])
+def test_other_commands_refuse_in_one_line_too(tmp_path, capsys, words, says):
+    try:
+        code = main([word.format(tmp=tmp_path) for word in words])
+    except SystemExit as stop:
+        code = stop.code
+    err = capsys.readouterr().err
+    assert code == 2 and err.count("\n") == 1 and says in err
+
+
+def test_pretraining_runs_and_its_file_is_a_base(tmp_path, capsys):
+    assert main(["pretrain", "--steps", "2", "--out", str(tmp_path / "made.safetensors")]) == 0
+    assert "floor" in capsys.readouterr().out
+    assert ml.load_base(tmp_path / "made.safetensors").config == ml.GPTConfig()
+    assert files(tmp_path) == ["made.safetensors"]
