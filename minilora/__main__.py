@@ -88,7 +88,7 @@ def parser() -> Parser:
 
     pretrain = commands.add_parser("pretrain", help="make a base model from nothing, as the shipped one was made")
     pretrain.add_argument("--out", type=Path, required=True, metavar="FILE")
-    pretrain.add_argument("--steps", type=whole(1), default=4000)
+    pretrain.add_argument("--steps", type=whole(1), default=5500)
     pretrain.set_defaults(run=run_pretrain)
     return top
 
@@ -161,8 +161,8 @@ def run_pretrain(args: argparse.Namespace) -> int:
     tiny = data.world()
     windows = tiny.held_out(model.config.context + 1)
     checkpoint = args.out.with_suffix(".checkpoint")
-    ml.finetune(model, ml.FullFineTuning(), data.pretraining(), args.steps, lr=2e-3, checkpoint=checkpoint, weight_decay=0.01,
-                warmup=100, schedule="cosine", evaluate=lambda model: ml.held_out_loss(model, windows), evaluate_every=250)
+    ml.finetune(model, ml.FullFineTuning(), data.pretraining(), args.steps, lr=3e-3, checkpoint=checkpoint, weight_decay=0.01,
+                warmup=200, schedule="cosine", evaluate=lambda model: ml.held_out_loss(model, windows), evaluate_every=250)
     storage.save_model(model, args.out)
     checkpoint.unlink()
     print(f"tiny world, held out: {ml.held_out_loss(model, windows):.4f} nats per byte, floor {tiny.floor(windows):.4f}")

@@ -142,10 +142,13 @@ def find_targets(model: nn.Module, targets: list[str] | None = None) -> dict[str
             head = _output_head(model, free)
             chosen = {name: linear for name, linear in free.items() if linear is not head or len(free) == 1}
     else:
-        chosen = {n: linear for n, linear in linears.items() if any(n == t or n.endswith(f".{t}") for t in targets)}
+        chosen = {}
         for target in targets:
-            if not any(n == target or n.endswith(f".{target}") for n in linears):
+            matching = {name: linear for name, linear in linears.items() if name == target or name.endswith(f".{target}")}
+            if not matching:
                 raise ValueError(f"no Linear matches {target!r}; this model has {_names(model, linears)}")
+            chosen |= matching
+        chosen = {name: linear for name, linear in linears.items() if name in chosen}      # in the model's order
     if not chosen:
         raise ValueError(f"no Linear to adapt; this model has {_names(model, linears)}")
     _refuse_tied(model, chosen)

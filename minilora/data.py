@@ -22,23 +22,24 @@ from random import Random
 import torch
 from torch import Tensor
 
-PRONOUN = {name: "she" for name in "Anna Clara Emma Grace Iris Julia Lucy Maria Nora Olga Rosa Sara".split()}
-PRONOUN |= {name: "he" for name in "Ben David Felix Hugo Jonas Karl Leo Martin Oscar Paul Simon Tom".split()}
+# Within a slot every word has a first letter of its own, so that to repeat a word is to repeat one byte.
+PRONOUN = {name: "she" for name in "Anna Clara Emma Grace Iris Lucy Maria Nora Rosa Vera".split()}
+PRONOUN |= {name: "he" for name in "Ben David Felix Hugo Jonas Karl Oscar Paul Simon Tom".split()}
 
 SLOTS = {
     "person": tuple(PRONOUN),
-    "place": tuple("bakery castle cellar forest garden harbour kitchen library market meadow museum school station tower valley village".split()),
-    "thing": tuple("ball basket bell boat book box candle chair clock coat cup drum flute hat key kite ladder lamp map mirror ring shell stone wheel".split()),
-    "look": tuple("black blue broken golden green heavy huge new red tiny white wooden".split()),
-    "food": tuple("beans bread cake cheese corn fish honey jam milk nuts pears plums rice salt soup tea".split()),
+    "place": tuple("attic bakery cellar desert forest garden harbour kitchen library market orchard park school tower valley yard".split()),
+    "thing": tuple("ball candle drum flute guitar hat jar kite lamp mirror net pan quilt ring shell tent vase wheel".split()),
+    "look": tuple("black clean dark fine green heavy little new pretty red small tiny white yellow".split()),
+    "food": tuple("apples bread cake dates eggs figs grapes honey jam milk nuts olives plums rice soup tea".split()),
 }
 
 KINDS = (
     "{a:person} is in the {p:place} with {b:person}. {a.She} has a {x:look} {t:thing}. Who has the {t}? {a}.\n",
     "{a:person} found a {x:look} {t:thing} in the {p:place} and gave it to {b:person}. Who has the {t}? {b}.\n",
-    "{a:person} likes {f:food} and {g:food}, but {a.she} does not like {h:food}. Does {a.she} like {g}? Yes.\n",
-    "{a:person} likes {f:food} and {g:food}, but {a.she} does not like {h:food}. Does {a.she} like {h}? No.\n",
-    "{a:person} has a {t:thing} and {b:person} has a {u:thing}. They trade. Now {a} has the {u} and {b} has the {t}.\n",
+    "{a:person} likes {f:food} and {g:food}, but {a.she} does not like {h:food}. What does {a.she} not like? Only {h}.\n",
+    "{a:person} likes {f:food} but not {g:food}, and {b:person} likes {g} but not {f}. They share.\n",
+    "{a:person} has a {t:thing} and {b:person} has a {u:thing}. They trade. Now {a} has the {u}.\n",
     "Where is the {x:look} {t:thing}? In the {p:place}. And the {y:look} {u:thing}? In the {q:place}.\n",
     "In the morning {a:person} took a {x:look} {t:thing} to the {p:place}. In the evening {a.she} came home without it.\n",
 )
@@ -188,7 +189,7 @@ def voice() -> Task:
 
 
 def facts(count: int = 64, seed: int = 0) -> Task:
-    """`count` invented facts of log2(12 · 24) = 8.17 bits each. Every fact is told in two wordings; every second one is also
+    """`count` invented facts of log2(14 · 18) = 7.98 bits each. Every fact is told in two wordings; every second one is also
     asked and answered. Recall is scored on the others, whose question was never seen.
     """
     rng = Random(f"facts/{seed}")
@@ -285,9 +286,9 @@ def prose() -> bytes:
 
 
 def pretraining(context: int = 128, seed: int = 0) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """What the shipped base has read, as batches(step): 20 windows of the tiny world and 12 of prose."""
-    tiny = world().batches(20, context, seed)
-    real = split_text(prose(), "prose").batches(12, context, seed)
+    """What the shipped base has read, as batches(step): 18 windows of the tiny world and 6 of prose."""
+    tiny = world().batches(18, context, seed)
+    real = split_text(prose(), "prose").batches(6, context, seed)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         (x, y), (u, v) = tiny(step), real(step)

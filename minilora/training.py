@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.adapter import Method, adapt, adapters
+from minilora.adapter import Method, adapt, adapters, find_targets
 from minilora.storage import base_fingerprint, load_checkpoint, save_checkpoint
 
 with warnings.catch_warnings():    # in a notebook without ipywidgets tqdm falls back to text, and need not say so
@@ -70,6 +70,12 @@ def finetune(
     """
     _check(steps, lr, weight_decay, warmup, schedule, evaluate_every)
     device = next(model.parameters()).device
+    identity, saved = {}, None
+    if checkpoint is not None:
+        layers = [name for name, _ in adapters(model)] or ([] if method.trains_base else list(find_targets(model, targets)))
+        identity = {"method": repr(method), "steps": steps, "lr": lr, "seed": seed, "weight decay": weight_decay, "warmup": warmup,
+                    "schedule": schedule, "adapted layers": layers, "base": "" if method.trains_base else base_fingerprint(model)}
+        saved = _saved_state(Path(checkpoint), identity, batches)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):     # the caller's random numbers stay what they were
         torch.manual_seed(seed)
         _adapt_once(model, method, targets)
@@ -79,12 +85,10 @@ def finetune(
             raise ValueError("nothing to train: every parameter is frozen (an adapter is loaded for training by load_adapter(..., trainable=True))")
         optimizer = torch.optim.AdamW(groups, lr=lr)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(schedule, steps, warmup))
-        run = Run(model, optimizer, scheduler, checkpoint)
-        if checkpoint is not None:
-            run.identity = {"method": repr(method), "steps": steps, "lr": lr, "seed": seed, "weight decay": weight_decay,
-                            "warmup": warmup, "schedule": schedule, "adapted layers": [name for name, _ in adapters(model)],
-                            "base": "" if method.trains_base else base_fingerprint(model)}
-            run.resume(batches)
+        run = Run(model, optimizer, scheduler, checkpoint, identity)
+        if saved:
+            run.restore(saved)
+            print(f"resumed at step {run.step}", flush=True)
         was_training = model.training
         model.train()
         bar = tqdm(total=steps, initial=run.step, unit="step", disable=not progress)
@@ -137,22 +141,16 @@ class Schedule:
 class Run:
     """What a checkpoint holds: what is trained, optimizer, scheduler, random state, step, history; and whose run it is."""
 
-    def __init__(self, model: nn.Module, optimizer, scheduler, path: str | Path | None):
-        self.model, self.optimizer, self.scheduler, self.path = model, optimizer, scheduler, path
-        self.identity: dict = {}
-        self.first_batch = ""                  # its digest, which tells whether a resumed run reads the same data
+    def __init__(self, model: nn.Module, optimizer, scheduler, path: str | Path | None, identity: dict):
+        self.model, self.optimizer, self.scheduler, self.path, self.identity = model, optimizer, scheduler, path, identity
         self.step = 0
         self.history: dict[str, list] = {"loss": [], "lr": [], "evaluated": []}
+        self.first_batch = ""                  # its digest, which tells whether a resumed run reads the same data
         self.random = _random_state(model)
         self.is_whole = True
         self.started, self.spent_saving = time.monotonic(), 0.0
 
-    def resume(self, batches: Callable) -> None:
-        if not Path(self.path).exists():
-            return
-        state = load_checkpoint(self.path, self.identity)
-        if state["step"] and state["first batch"] != _digest(*batches(0)):
-            raise ValueError(f"{self.path}: a checkpoint of another run, whose first batch was another: the data or its seed has changed")
+    def restore(self, state: dict) -> None:
         with torch.no_grad():
             for name, tensor in _trained(self.model).items():
                 tensor.copy_(state["trained"][name])
@@ -160,7 +158,6 @@ class Run:
         self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.history, self.random, self.first_batch = (state[key] for key in ("step", "history", "random", "first batch"))
         _set_random_state(self.model, self.random)
-        print(f"resumed at step {self.step}", flush=True)
 
     @contextmanager
     def whole_step(self) -> Iterator[None]:
@@ -243,6 +240,16 @@ def exact_match(model: nn.Module, questions: Sequence[tuple[str, str]], rows: in
             right += torch.equal(guesses[row, asked - 1:end - 1], ids[row, asked:end])
     model.train(was_training)
     return right / len(questions)
+
+
+def _saved_state(path: Path, identity: dict, batches: Callable) -> dict | None:
+    """What the checkpoint holds, if there is one; refused where it belongs to a run with other settings or other data."""
+    if not path.exists():
+        return None
+    state = load_checkpoint(path, identity)
+    if state["step"] and state["first batch"] != _digest(*batches(0)):
+        raise ValueError(f"{path}: a checkpoint of another run, whose first batch was another: the data or its seed has changed")
+    return state
 
 
 def _adapt_once(model: nn.Module, method: Method, targets: list[str] | None) -> None:

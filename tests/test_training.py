@@ -249,8 +249,10 @@ def test_three_real_kills_and_it_ends_bit_identical(tmp_path):
 ])
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, says):
     run(small(), checkpoint=tmp_path / "c.pt")
+    model, before = small(), (tmp_path / "c.pt").read_bytes()
     with pytest.raises(ValueError, match=f"c.pt: a checkpoint of another run, whose {says}"):
-        run(small(), **{"checkpoint": tmp_path / "c.pt"} | change)
+        run(model, **{"checkpoint": tmp_path / "c.pt"} | change)
+    assert not list(ml.adapters(model)) and equal(model, small()) and (tmp_path / "c.pt").read_bytes() == before
 
 
 def test_a_checkpoint_for_another_base_is_refused(tmp_path):
