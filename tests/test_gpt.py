@@ -39,7 +39,8 @@ def test_no_position_sees_the_ones_after_it(model, ids):
 
 def test_positions_matter(model):
     same = torch.full((1, 5), 65)
-    assert not torch.allclose(model(same)[0, 0], model(same)[0, 4])
+    logits = model(same)[0]
+    assert (logits[0] - logits[4]).abs().max() > 1e-3
 
 
 def test_same_seed_same_model_other_seed_other_model():

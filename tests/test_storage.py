@@ -144,13 +144,26 @@ def test_a_truncated_or_garbled_file_is_named(saved, name, damage):
     refused(saved[0], name)
 
 
-def test_a_pickle_in_place_of_safetensors_is_not_run(saved, tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "exploded"),)
+class Bomb:
+    """Unpickled, it makes a folder."""
 
-    (saved[0] / WEIGHTS).write_bytes(pickle.dumps(Bomb()))
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_in_place_of_safetensors_is_not_run(saved, tmp_path):
+    (saved[0] / WEIGHTS).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
     refused(saved[0], WEIGHTS)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    torch.save({"identity": {}, "state": Bomb(tmp_path / "exploded")}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="c.pt: not a whole checkpoint"):
+        load_checkpoint(tmp_path / "c.pt", {})
     assert not (tmp_path / "exploded").exists()
 
 
