@@ -99,46 +99,49 @@ def run_finetune(args: argparse.Namespace) -> int:
     targets = args.targets.split(",") if args.targets else None
     model = on_best_device(ml.load_base(args.base))
     ml.adapt(copy.deepcopy(model), method, targets)       # whatever the method or the targets refuse, it is refused here
-    lr = args.lr or RATES[args.method]
-    size = model.config.context + 1
-    windows, home = task.held_out(size), data.world()
+    context, lr = model.config.context, args.lr or RATES[args.method]
+    windows = task.held_out(context + 1)
 
     out = args.out or Path("runs") / f"{args.text.stem if args.text else args.task}-{args.method}"
     made = claim(out, args.force)
     try:
-        print(f"{task.name}: {windows.numel():,} bytes held out" + (f", {data.overlap(task, args.text.read_bytes()):.0%} of them seen in training" if args.text else ""))
-        print(f"\nbefore:\n{sample(model, task)}\n")
-        before = scores(model, task, windows, home, size)
+        seen = f", {data.overlap(task, args.text.read_bytes()):.0%} of them seen in training" if args.text else ""
+        print(f"{task.name}: {windows.numel():,} bytes held out{seen}\n\nbefore:\n{sample(model, task)}\n")
+        before = scores(model, task, windows)
         try:
             history = ml.finetune(
-                model, method, task.batches(16, model.config.context, args.seed), args.steps, lr, args.seed, out / CHECKPOINT, targets=targets,
+                model, method, task.batches(16, context, args.seed), args.steps, lr, args.seed, out / CHECKPOINT, targets=targets,
                 warmup=min(20, args.steps // 10), schedule="linear", evaluate=lambda model: ml.held_out_loss(model, windows))
         except KeyboardInterrupt:
             print(f"\nstopped; a checkpoint is in {out}. The same command goes on from there.", file=sys.stderr)
             return 130
-        after = scores(model, task, windows, home, size)
+        after = scores(model, task, windows)
         print(f"\nafter:\n{sample(model, task)}\n")
-        report(model, args, before, after)
-        if method.trains_base:
-            storage.save_model(model, out / MODEL)
-        else:
-            ml.save_adapter(model, out)
-        picture = io.BytesIO()
-        floor = task.floor(windows) if task.floor else None
-        name = task.name if task.name.isascii() else "your text"           # matplotlib's own font knows no Chinese
-        plots.loss_curve(history, f"{name}: {args.method}, {ml.trainable_parameters(model):,} trainable parameters", floor).savefig(picture, dpi=150)
-        storage.write_atomically(out / PICTURE, picture.getvalue())
+        report(model, args.method, before, after)
         settings = {"task": task.name, "method": args.method, "hyperparameters": dataclasses.asdict(method), "targets": targets,
                     "steps": args.steps, "lr": lr, "seed": args.seed, "trainable_parameters": ml.trainable_parameters(model)}
-        summary = settings | {"before": before, "after": after} | history
-        storage.write_atomically(out / HISTORY, (json.dumps(summary, indent=1) + "\n").encode())    # last: it marks the run as finished
-        (out / CHECKPOINT).unlink(missing_ok=True)
+        write_results(out, model, settings | {"before": before, "after": after} | history, task.floor and task.floor(windows))
         print(f"\nin {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
         return 0
     finally:
         for folder in made:                               # a folder that nothing was written to is not left behind
             if folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def write_results(out: Path, model: ml.TinyGPT, summary: dict, floor: float | None) -> None:
+    """The adapter (or the model, fully fine-tuned), the picture, and last the history, which marks the run as finished."""
+    if any(True for _ in ml.adapters(model)):
+        ml.save_adapter(model, out)
+    else:
+        storage.save_model(model, out / MODEL)
+    name = summary["task"] if summary["task"].isascii() else "your text"       # matplotlib's own font knows no Chinese
+    title = f"{name}: {summary['method']}, {summary['trainable_parameters']:,} trainable parameters"
+    picture = io.BytesIO()
+    plots.loss_curve(summary, title, floor).savefig(picture, dpi=150)
+    storage.write_atomically(out / PICTURE, picture.getvalue())
+    storage.write_atomically(out / HISTORY, (json.dumps(summary, indent=1) + "\n").encode())
+    (out / CHECKPOINT).unlink(missing_ok=True)
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -208,10 +211,11 @@ def claim(out: Path, force: bool) -> list[Path]:
     return made
 
 
-def scores(model: ml.TinyGPT, task: data.Task, windows: torch.Tensor, home: data.Task, size: int) -> dict[str, float]:
+def scores(model: ml.TinyGPT, task: data.Task, windows: torch.Tensor) -> dict[str, float]:
     """Bits per byte on the task's held-out part and on the tiny world's, and the share of its questions answered exactly."""
+    home = data.world().held_out(model.config.context + 1)
     found = {"bits_per_byte": ml.held_out_loss(model, windows) / math.log(2),
-             "world_bits_per_byte": ml.held_out_loss(model, home.held_out(size)) / math.log(2)}
+             "world_bits_per_byte": ml.held_out_loss(model, home) / math.log(2)}
     if task.questions:
         found["exact_match"] = ml.exact_match(model, task.questions)
     return found
@@ -222,13 +226,14 @@ def sample(model: ml.TinyGPT, task: data.Task) -> str:
     return "\n".join(f"    {line}" for line in lines)
 
 
-def report(model: ml.TinyGPT, args: argparse.Namespace, before: dict, after: dict) -> None:
-    print(f"{args.method}: {ml.trainable_parameters(model):,} of {sum(p.numel() for p in model.parameters()):,} parameters trained")
+def report(model: ml.TinyGPT, method: str, before: dict, after: dict) -> None:
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{method}: {ml.trainable_parameters(model):,} of {everything:,} parameters trained")
     print(f"held out:  {before['bits_per_byte']:.3f} -> {after['bits_per_byte']:.3f} bits per byte")
     if "exact_match" in after:
         print(f"answered:  {before['exact_match']:.1%} -> {after['exact_match']:.1%} of unseen questions, byte for byte")
-    forgotten = after["world_bits_per_byte"] - before["world_bits_per_byte"]
-    print(f"forgotten: {forgotten:+.3f} bits per byte on the tiny world ({before['world_bits_per_byte']:.3f} -> {after['world_bits_per_byte']:.3f})")
+    world, now = before["world_bits_per_byte"], after["world_bits_per_byte"]
+    print(f"forgotten: {now - world:+.3f} bits per byte on the tiny world ({world:.3f} -> {now:.3f})")
 
 
 def on_best_device(model: ml.TinyGPT) -> ml.TinyGPT:

@@ -29,8 +29,9 @@ TENSORS = {"A": "lora_A.weight", "B": "lora_B.weight"}
 
 # Of PEFT's LoraConfig: what we read, what changes nothing, and what must have this value because we do nothing else.
 READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
-HARMLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "qalora_group_size", "revision", "task_type"}
-ALLOWED = {"bias": ["none"], "init_lora_weights": [True, False, "gaussian"]}    # other inits alter the base, or come from an option we refuse
+HARMLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
+            "revision", "task_type"}
+ALLOWED = {"bias": ["none"], "init_lora_weights": [True, False, "gaussian"]}    # the other inits alter the base
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
@@ -41,7 +42,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     method = next(iter(found.values())).method
     tensors = {f"{PREFIX}{name}.{TENSORS[tensor]}": getattr(layer, tensor).detach().cpu().contiguous()
                for name, layer in found.items() for tensor in TENSORS}
-    about = {"method": type(method).__name__, "fields": dataclasses.asdict(method), "layers": list(found), "base": base_fingerprint(model)}
+    about = {"method": type(method).__name__, "fields": dataclasses.asdict(method), "layers": list(found),
+             "base": base_fingerprint(model)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS, _packed(tensors, {"format": "pt", "minilora": json.dumps(about)}))
@@ -63,11 +65,12 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False, 
     layers = _layers(model, config, config_file)
     if about:
         if about["fields"] != dataclasses.asdict(method) or about["layers"] != list(layers):
-            raise ValueError(f"{config_file}: does not belong to {WEIGHTS} beside it, which was saved as {about['method']} {about['fields']} "
-                             f"on {len(about['layers'])} layers; the file has been edited or mixed up")
-        if about["base"] != base_fingerprint(model) and not any_base:
-            raise ValueError(f"{weights_file}: made for another base (fingerprint {about['base'][:12]}, this model's is {base_fingerprint(model)[:12]}); "
-                             "load the base it was trained on, or pass any_base=True")
+            raise ValueError(f"{config_file}: does not belong to {WEIGHTS} beside it, which was saved as {about['method']} "
+                             f"{about['fields']} on {len(about['layers'])} layers; the file has been edited or mixed up")
+        base = base_fingerprint(model)
+        if about["base"] != base and not any_base:
+            raise ValueError(f"{weights_file}: made for another base (fingerprint {about['base'][:12]}, this model's is "
+                             f"{base[:12]}); load the base it was trained on, or pass any_base=True")
     with torch.random.fork_rng([]):                 # the adapters' random starts are overwritten: spend no one's random numbers on them
         wrapped = method.wrap(layers)
     _fill(wrapped, tensors, weights_file)
@@ -131,7 +134,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
 
 
 def _packed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors file with its header in sorted order: the library writes metadata in a random one, and equal adapters should be equal files."""
+    """A safetensors file, its header sorted: the library orders metadata at random, and equal adapters should be equal files."""
     content = safetensors.torch.save(tensors, metadata)
     size = int.from_bytes(content[:8], "little")                            # the header's length, then the header, then the data
     header = json.dumps(json.loads(content[8:8 + size]), sort_keys=True).encode()
@@ -210,14 +213,16 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict]:
 @torch.no_grad()
 def _fill(wrapped: dict[str, Adapter], tensors: dict[str, Tensor], file: Path) -> None:
     """Copy each tensor to its place, after checking every one."""
-    places = {f"{PREFIX}{name}.{TENSORS[tensor]}": getattr(adapter, tensor) for name, adapter in wrapped.items() for tensor in TENSORS}
+    places = {f"{PREFIX}{name}.{TENSORS[tensor]}": getattr(adapter, tensor)
+              for name, adapter in wrapped.items() for tensor in TENSORS}
     for verb, keys in (("is missing", places.keys() - tensors.keys()), ("is unexpected", tensors.keys() - places.keys())):
         if keys:
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
             raise ValueError(f"{file}: the tensor {min(keys)} {verb}{more}")
     for key, place in places.items():
         if tensors[key].shape != place.shape:
-            raise ValueError(f"{file}: {key} has shape {tuple(tensors[key].shape)}, and this model and configuration need {tuple(place.shape)}")
+            raise ValueError(f"{file}: {key} has shape {tuple(tensors[key].shape)}; "
+                             f"this model and configuration need {tuple(place.shape)}")
         if not tensors[key].is_floating_point() or not tensors[key].isfinite().all():
             raise ValueError(f"{file}: {key} holds values that are not finite numbers")
         place.copy_(tensors[key])

@@ -82,7 +82,7 @@ def finetune(
         method.prepare(model, batches, loss_fn, lr)
         groups = method.parameter_groups(model, lr, weight_decay)
         if not any(group["params"] for group in groups):
-            raise ValueError("nothing to train: every parameter is frozen (an adapter is loaded for training by load_adapter(..., trainable=True))")
+            raise ValueError("nothing to train: every parameter is frozen; load_adapter(..., trainable=True) loads an adapter for training")
         optimizer = torch.optim.AdamW(groups, lr=lr)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(schedule, steps, warmup))
         run = Run(model, optimizer, scheduler, checkpoint, identity)
