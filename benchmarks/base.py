@@ -1,9 +1,10 @@
-"""How good the shipped base is: held-out loss beside the floor, and how many of 1,000 sampled documents parse.
+"""How good the shipped base is: held-out loss beside the floor, and how many sentences of its sampled documents parse.
 
-    python benchmarks/base.py [--samples 1000]     (in hundreds)
+    python benchmarks/base.py [--documents 1000]     (in hundreds)
 """
 
 import argparse
+import re
 
 import torch
 
@@ -23,17 +24,27 @@ def sample_documents(model: ml.TinyGPT, count: int, seed: int = 0) -> list[str]:
     return [bytes(row[1:]).decode(errors="replace").partition("\n")[0] + "\n" for row in ids.tolist()]
 
 
-def parses(document: str) -> bool:
-    return any(ml.data.World().readings(document))
+def sentences(document: str) -> list[bool]:
+    """Of each sentence, whether the grammar can say it after what came before; up to and including the first that it cannot."""
+    judged, so_far = [], ""
+    for sentence in re.findall(r".*?[.?]\s|.+\n?", document, flags=re.S):
+        so_far += sentence
+        judged.append(any(ml.data.World().readings(so_far)))
+        if not judged[-1]:
+            break
+    return judged
 
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--samples", type=int, default=1000)
-    samples = arguments.parse_args().samples
+    arguments.add_argument("--documents", type=int, default=1000)
+    count = arguments.parse_args().documents
     model, world = ml.load_base(), ml.data.world()
     windows = world.held_out(model.config.context + 1)
     loss, floor = ml.held_out_loss(model, windows), world.floor(windows)
     print(f"held-out loss {loss:.4f} nats per byte, floor {floor:.4f}, above it {loss - floor:.4f}")
-    documents = [document for seed in range(samples // 100) for document in sample_documents(model, 100, seed)]
-    print(f"{sum(map(parses, documents))} of {len(documents)} sampled documents parse, for example {documents[0]!r}")
+    documents = [document for seed in range(count // 100) for document in sample_documents(model, 100, seed)]
+    judged = [sentences(document) for document in documents]
+    told, right = sum(map(len, judged)), sum(map(sum, judged))
+    print(f"{right} of {told} sampled sentences parse ({right / told:.1%}); {sum(map(all, judged))} of {len(documents)} whole documents do")
+    print(f"for example {documents[0]!r}")

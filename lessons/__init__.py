@@ -67,14 +67,10 @@ def provokes(message: str):
 
 
 def exercises() -> dict[str, list[str]]:
-    """The exercises of each lesson, in order: the public functions and classes of its exercises.py (or, broken, its solutions.py)."""
+    """The exercises of each lesson, in order: the public functions and classes of its solutions.py (a learner may add to exercises.py)."""
     found, owner = {}, {}
     for folder in sorted(path for path in LESSONS.glob("[0-9][0-9]_*") if (path / "solutions.py").exists()):
-        try:
-            names = public_names((folder / "exercises.py").read_text(encoding="utf-8"))
-        except (OSError, SyntaxError):
-            names = []
-        found[folder.name] = public_names((folder / "solutions.py").read_text(encoding="utf-8")) if not names else names
+        found[folder.name] = public_names((folder / "solutions.py").read_text(encoding="utf-8"))
         for name in found[folder.name]:
             if owner.setdefault(name, folder.name) != folder.name:
                 raise ValueError(f"two lessons have an exercise called {name}: {owner[name]} and {folder.name}")

@@ -88,7 +88,7 @@ def parser() -> Parser:
 
     pretrain = commands.add_parser("pretrain", help="make a base model from nothing, as the shipped one was made")
     pretrain.add_argument("--out", type=Path, required=True, metavar="FILE")
-    pretrain.add_argument("--steps", type=whole(1), default=5500, help="of the first phase; the second has 4/11 as many")
+    pretrain.add_argument("--steps", type=whole(1), default=5500)
     pretrain.set_defaults(run=run_pretrain)
     return top
 
@@ -163,14 +163,11 @@ def run_pretrain(args: argparse.Namespace) -> int:
     model = on_best_device(ml.TinyGPT())
     tiny = data.world()
     windows = tiny.held_out(model.config.context + 1)
-    checkpoints = []
-    for phase, (steps, lr) in enumerate(((args.steps, 3e-3), (max(1, args.steps * 4 // 11), 1e-3))):    # learn, then polish
-        checkpoints.append(args.out.with_suffix(f".checkpoint{phase}"))
-        ml.finetune(model, ml.FullFineTuning(), data.pretraining(seed=phase), steps, lr, checkpoint=checkpoints[-1], weight_decay=0.01,
-                    warmup=min(200, steps // 10), schedule="cosine", evaluate=lambda model: ml.held_out_loss(model, windows), evaluate_every=250)
+    checkpoint = args.out.with_suffix(".checkpoint")
+    ml.finetune(model, ml.FullFineTuning(), data.pretraining(), args.steps, lr=3e-3, checkpoint=checkpoint, weight_decay=0.01,
+                warmup=200, schedule="cosine", evaluate=lambda model: ml.held_out_loss(model, windows), evaluate_every=250)
     storage.save_model(model, args.out)
-    for checkpoint in checkpoints:
-        checkpoint.unlink()
+    checkpoint.unlink()
     print(f"tiny world, held out: {ml.held_out_loss(model, windows):.4f} nats per byte, floor {tiny.floor(windows):.4f}")
     return 0
 
