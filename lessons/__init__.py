@@ -14,7 +14,7 @@ LESSONS = Path(__file__).parent
 
 def check(answer) -> None:
     """Run the tests that ask for the exercise of this name on `answer`, a function or a class, and print the verdict."""
-    name = answer.__name__
+    name = getattr(answer, "__name__", type(answer).__name__)
     lesson = next((folder for folder, names in exercises().items() if name in names), None)
     if lesson is None:
         known = [name for names in exercises().values() for name in names]
@@ -23,8 +23,11 @@ def check(answer) -> None:
     verdicts = Verdicts({name: answer})
     quiet = ["-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:nbval", "--capture=no", "--answers=exercises"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        pytest.main([*quiet, f"--rootdir={LESSONS.parent}", f"--confcutdir={LESSONS.parent}", "-c", str(LESSONS.parent / "pyproject.toml"),
-                     str(LESSONS / lesson / "test_exercises.py")], plugins=[verdicts])
+        code = pytest.main([*quiet, f"--rootdir={LESSONS.parent}", f"--confcutdir={LESSONS.parent}",
+                            "-c", str(LESSONS.parent / "pyproject.toml"), str(LESSONS / lesson / "test_exercises.py")], plugins=[verdicts])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):       # stopped by hand, or the tests cannot be read
+        print(f"{name}: no verdict, pytest stopped ({pytest.ExitCode(code).name.lower()}). `pytest lessons/{lesson}` says why.")
+        return
     failed = [(test, message) for test, message in verdicts.found if message]
     if any(NOT_SOLVED in message for _, message in failed):
         print(f"{name}: {NOT_SOLVED}. {first_hint(lesson, name)}")
@@ -53,7 +56,7 @@ class Verdicts:
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.failed:
-            self.found.append((report.nodeid.rpartition("::")[2], getattr(report, "short", "") if report.failed else ""))
+            self.found.append((report.nodeid.rpartition("::")[2], getattr(report, "short", "") or "failed" if report.failed else ""))
 
 
 def provokes(message: str):

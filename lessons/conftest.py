@@ -38,10 +38,10 @@ def load_answer(request, name: str):
 
 def load_file(folder: Path, kind: str):
     path = folder / f"{'exercises' if kind == 'committed' else kind}.py"
-    source = committed(path) if kind == "committed" else path.read_text(encoding="utf-8")
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"{folder.name}.{kind}", path))
     sys.modules[module.__name__] = module                # dataclasses and pickle look their module up there
     try:
+        source = committed(path) if kind == "committed" else path.read_text(encoding="utf-8")
         exec(compile(source, str(path), "exec"), module.__dict__)
     except SyntaxError as error:
         pytest.fail(f"{path.name} of {folder.name}, line {error.lineno}: {error.msg}", pytrace=False)
@@ -60,7 +60,7 @@ def _frames(error):
 
 def committed(path: Path) -> str:
     """The file as the last commit has it; without git, as it is."""
-    shown = subprocess.run(["git", "show", f"HEAD:./{path.name}"], cwd=path.parent, capture_output=True, text=True)
+    shown = subprocess.run(["git", "show", f"HEAD:./{path.name}"], cwd=path.parent, capture_output=True, encoding="utf-8")
     return shown.stdout if shown.returncode == 0 else path.read_text(encoding="utf-8")
 
 
@@ -93,7 +93,7 @@ def pytest_runtest_makereport(item, call):
             report.short = report.longrepr = f"{NOT_SOLVED}: {', '.join(asked)}"
             report.unsolved = True
         else:
-            said = str(error) or type(error).__name__
+            said = str(error).strip() or type(error).__name__
             report.short = said.split("\n")[0] if isinstance(error, (AssertionError, pytest.fail.Exception)) else f"{type(error).__name__}: {said}"
             line = _learners_line(call.excinfo, item)
             report.longrepr = "\n".join(filter(None, [report.short, *said.split("\n")[1:6], line]))
