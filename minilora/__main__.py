@@ -24,7 +24,7 @@ from minilora.methods import METHODS
 
 CHECKPOINT, MODEL, HISTORY, PICTURE = "checkpoint.pt", "model.safetensors", "history.json", "loss.png"
 WRITTEN = (CHECKPOINT, MODEL, HISTORY, PICTURE, storage.CONFIG, storage.WEIGHTS)
-RATES = {"full": 1e-3, "lora": 1e-2}     # --lr where none is given: the best of three each, on two tasks
+RATES = {"full": 1e-3, "lora": 1e-2}     # --lr where none is given: from a sweep of three each on two tasks
 
 
 class Parser(argparse.ArgumentParser):
