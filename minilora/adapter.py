@@ -28,6 +28,11 @@ class Adapter(nn.Module):
         """(out, in): what merging adds to W."""
         raise NotImplementedError
 
+    def __call__(self, x: Tensor, *rest, **named) -> Tensor:
+        if x.is_nested:    # nn.TransformerEncoder packs padded batches so, outside training; few operations take them
+            return self.base(x) + F.linear(x, self.delta_weight().to(x.dtype))
+        return super().__call__(x, *rest, **named)
+
     def empty(self, *shape: int) -> nn.Parameter:
         """An unfilled parameter on the base's device; float32 beside a 16-bit base, whose steps are too coarse for Adam's updates."""
         dtype = self.weight.dtype if self.weight.dtype == torch.float64 else torch.float32
@@ -56,8 +61,6 @@ def _stay_visible(module, inputs, output):
 
 def add_product(y: Tensor, z: Tensor, B: Tensor, scale: float) -> Tensor:
     """y + scale · z Bᵀ in one pass over y.     y: (..., out)   z: (..., rank)   B: (out, rank)"""
-    if y.is_nested:                                # nn.TransformerEncoder packs padded batches so; addmm does not take them
-        return y + scale * F.linear(z, B.to(y.dtype))
     out, rank = B.shape
     return torch.addmm(y.reshape(-1, out), z.reshape(-1, rank), B.T.to(y.dtype), alpha=scale).view_as(y)
 
@@ -81,6 +84,10 @@ class Method:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         return wrapped
+
+    def scheduled(self, steps: int) -> "Method":
+        """This method, told how long training will be. Raises ValueError where its own schedule is longer."""
+        return self
 
     def parameter_groups(self, model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict]:
         """What the optimizer gets."""
@@ -108,7 +115,8 @@ def adapt(model: nn.Module, method: Method, targets: list[str] | None = None) ->
     repeated blocks); where there is none, all but the output head.
 
     Raises ValueError, the model unchanged, where nothing matches, an adapter is there already, a weight is tied to another
-    module's, the layer belongs to nn.MultiheadAttention (which reads its weight past any adapter), or the method refuses.
+    module's, not finite or stored in whole numbers, the layer belongs to nn.MultiheadAttention (which reads its weight past any
+    adapter), or the method refuses.
     """
     if any(True for _ in adapters(model)):
         raise ValueError("this model is adapted already: unload() or merge() it first")
@@ -155,6 +163,10 @@ def find_targets(model: nn.Module, targets: list[str] | None = None) -> dict[str
     for name, linear in chosen.items():
         if id(linear) in inside_attention:
             raise ValueError(f"{name} belongs to an nn.MultiheadAttention, which reads its weight directly and would bypass an adapter")
+        if not linear.weight.is_floating_point():
+            raise ValueError(f"{name}: its weight is stored as {linear.weight.dtype}, quantized by another library; adapt the model as it was before")
+        if not linear.weight.is_meta and not linear.weight.isfinite().all():
+            raise ValueError(f"{name}: its weight holds values that are not finite numbers; the base is broken")
     return chosen
 
 

@@ -5,6 +5,8 @@
 B starts at zero, so dW = s · B A starts at zero and the adapted model starts as the original one. A starts random:
 were it zero too, neither factor would ever receive a gradient.
 
+rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) changes one thing: s = alpha / √rank.
+
 Trainable parameters: rank · (in + out) for each adapted layer.
 """
 
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilora import checks
 from minilora.adapter import Adapter, Method, add_product
 
 
@@ -27,21 +30,15 @@ class LoRA(Method):
     rslora: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"rank must be a whole number of at least 1, got {self.rank!r}")
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"alpha must be finite, got {self.alpha!r}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+        checks.whole("rank", self.rank, 1)
+        checks.number("alpha", self.alpha)
+        checks.share("dropout", self.dropout)
 
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def layer(self, linear: nn.Linear) -> "LoRALinear":
-        if self.rank > min(linear.in_features, linear.out_features):
-            raise ValueError(f"rank {self.rank} is above min(in, out) of a {linear.in_features} -> {linear.out_features} layer: "
-                             "no update of W has a higher rank than that")
         return LoRALinear(linear, self)
 
 
@@ -49,11 +46,15 @@ class LoRALinear(Adapter):
     """A frozen linear layer with a trainable low-rank update beside it."""
 
     def __init__(self, base: nn.Linear, method: LoRA):
+        check_rank(method.rank, base)
         super().__init__(base, method)
         self.scale = method.scale
         self.dropout = nn.Dropout(method.dropout)
         self.A = self.empty(method.rank, base.in_features)
         self.B = self.empty(base.out_features, method.rank)
+        self.start()
+
+    def start(self) -> None:
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # U(±1/√in), nn.Linear's own; the paper says Gaussian
         nn.init.zeros_(self.B)
 
@@ -65,3 +66,9 @@ class LoRALinear(Adapter):
     def delta_weight(self) -> Tensor:
         """(out, in): what merging adds to W."""
         return self.scale * self.B @ self.A
+
+
+def check_rank(rank: int, linear: nn.Linear) -> None:
+    if rank > min(linear.in_features, linear.out_features):
+        raise ValueError(f"rank {rank} is above min(in, out) of a {linear.in_features} -> {linear.out_features} layer: "
+                         "no update of W has a higher rank than that")
