@@ -1,0 +1,42 @@
+"""LoRA+: the layer is LoRA's; B learns faster than A (Hayou et al. 2024, arXiv:2402.12354).
+
+    learning rate of A = lr        learning rate of B = ratio · lr        ratio > 1
+
+Of an update of B every row is s · (x Aᵀ)ᵀ, of A's every entry passes through B, which starts at zero: at equal rates A
+hardly moves the output of a wide layer while B is small.
+
+Who gets which rate: the B of each adapter, and nothing else, gets ratio · lr. Whatever else you have unfrozen gets lr: a head,
+an embedding, biases, norms. Weight decay holds for all of them but vectors (biases, norms). The authors' code and PEFT instead
+give every 1-D parameter ratio · lr and an adapted embedding 1e-6; where only A and B are trained the groups are the same.
+
+Trainable parameters: rank · (in + out) for each adapted layer, as in LoRA.
+"""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from minilora import checks
+from minilora.adapter import adapters
+from minilora.methods.lora import LoRA
+
+
+@dataclass(frozen=True)
+class LoRAPlus(LoRA):
+    """LoRA's fields, and ratio: how much faster B learns than A."""
+
+    ratio: float = 16.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        checks.number("ratio", self.ratio, "of at least 0", lambda ratio: ratio >= 0)
+
+    def parameter_groups(self, model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict]:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        fast = {layer.B for _, layer in adapters(model)}
+        groups = [
+            {"params": [p for p in trainable if p not in fast and p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
+            {"params": [p for p in trainable if p in fast], "lr": lr * self.ratio, "weight_decay": weight_decay},
+            {"params": [p for p in trainable if p not in fast and p.dim() < 2], "lr": lr, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
