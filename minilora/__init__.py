@@ -4,6 +4,14 @@ from minilora.gpt import GPTConfig, TinyGPT, load_base
 from minilora.adapter import Adapter, Method, adapt, adapters, disabled, merge, trainable_parameters, unload
 from minilora.methods.full import FullFineTuning
 from minilora.methods.lora import LoRA, LoRALinear
+from minilora.methods.lora_plus import LoRAPlus
+from minilora.methods.lora_fa import LoRAFA
+from minilora.methods.vera import VeRA, VeRALinear
+from minilora.methods.delta_lora import DeltaLoRA, DeltaLoRALinear
+from minilora.methods.lora_drop import LoRADrop, LoRADropLinear
+from minilora.methods.adalora import AdaLoRA, AdaLoRALinear
+from minilora.methods.dora import DoRA, DoRALinear
+from minilora.methods.pissa import PiSSA, PiSSALinear
 from minilora.training import exact_match, finetune, held_out_loss, next_byte_loss
 from minilora.storage import load_adapter, save_adapter
 from minilora import data

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.adapter import Method, adapt, adapters, find_targets
+from minilora import checks
+from minilora.adapter import Method, adapt, adapters, find_targets, unload
 from minilora.storage import base_fingerprint, load_checkpoint, save_checkpoint
 
 with warnings.catch_warnings():    # in a notebook without ipywidgets tqdm falls back to text, and need not say so
@@ -69,6 +70,7 @@ def finetune(
     Raises ValueError on bad arguments or a checkpoint of another run, FloatingPointError when the loss stops being finite.
     """
     _check(steps, lr, weight_decay, warmup, schedule, evaluate_every)
+    method = method.scheduled(steps)
     device = next(model.parameters()).device
     identity, saved = {}, None
     if checkpoint is not None:
@@ -78,17 +80,14 @@ def finetune(
         saved = _saved_state(Path(checkpoint), identity, batches)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):     # the caller's random numbers stay what they were
         torch.manual_seed(seed)
-        _adapt_once(model, method, targets)
-        method.prepare(model, batches, loss_fn, lr)
-        groups = method.parameter_groups(model, lr, weight_decay)
-        if not any(group["params"] for group in groups):
-            raise ValueError("nothing to train: every parameter is frozen; load_adapter(..., trainable=True) loads an adapter for training")
-        optimizer = torch.optim.AdamW(groups, lr=lr)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(schedule, steps, warmup))
-        run = Run(model, optimizer, scheduler, checkpoint, identity)
-        if saved:
-            run.restore(saved)
-            print(f"resumed at step {run.step}", flush=True)
+        with _adapted(model, method, targets):
+            method.prepare(model, batches, loss_fn, lr)
+            optimizer = torch.optim.AdamW(method.parameter_groups(model, lr, weight_decay), lr=lr)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(schedule, steps, warmup))
+            run = Run(model, optimizer, scheduler, checkpoint, identity)
+            if saved:
+                run.restore(saved)
+                print(f"resumed at step {run.step}", flush=True)
         was_training = model.training
         model.train()
         bar = tqdm(total=steps, initial=run.step, unit="step", disable=not progress)
@@ -151,8 +150,13 @@ class Run:
         self.started, self.spent_saving = time.monotonic(), 0.0
 
     def restore(self, state: dict) -> None:
+        ours, saved = _trained(self.model), state["trained"]
+        if ours.keys() != saved.keys():
+            differ = sorted(ours.keys() ^ saved.keys())
+            raise ValueError(f"{self.path}: a checkpoint of a run that trained other tensors ({differ[0]}{', …' if differ[1:] else ''}); "
+                             "remove it to start over")
         with torch.no_grad():
-            for name, tensor in _trained(self.model).items():
+            for name, tensor in ours.items():
                 tensor.copy_(state["trained"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -252,18 +256,34 @@ def _saved_state(path: Path, identity: dict, batches: Callable) -> dict | None:
     return state
 
 
-def _adapt_once(model: nn.Module, method: Method, targets: list[str] | None) -> None:
-    there = [adapter for _, adapter in adapters(model)]
+@contextmanager
+def _adapted(model: nn.Module, method: Method, targets: list[str] | None) -> Iterator[None]:
+    """Adapt the model, unless it is adapted already by an equal method. Where the block fails, the model is as it was."""
+    there = [layer for _, layer in adapters(model)]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     if not there or method.trains_base:
         adapt(model, method, targets)
     elif there[0].method != method:
         raise ValueError(f"the model is adapted with {there[0].method}, and was asked to train {method}")
+    elif not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("nothing to train: every parameter is frozen; load_adapter(..., trainable=True) loads an adapter for training")
+    try:
+        yield
+    except BaseException:
+        if not there and not method.trains_base:
+            unload(model)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+    for _, layer in adapters(model):
+        layer.method = method                  # it now knows the length of training
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """By name: every parameter that is trained, and the buffers beside it (a method keeps its own state there)."""
-    state = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """By name: every parameter that is trained or belongs to an adapter, and the adapters' buffers (a method keeps its own state there)."""
     owners = dict(adapters(model)) or {"": model}
+    own = {id(p) for owner in owners.values() for name, p in owner.named_parameters() if not name.startswith("base.")}
+    state = {name: p for name, p in model.named_parameters() if p.requires_grad or id(p) in own}        # a shared one once
     for prefix, owner in owners.items():
         state |= {f"{prefix}.{name}": buffer for name, buffer in owner.named_buffers() if not name.startswith("base.")}
     return state
@@ -290,11 +310,8 @@ def _digest(*batch: Tensor) -> str:
 
 def _check(steps, lr, weight_decay, warmup, schedule, evaluate_every) -> None:
     for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0), ("evaluate_every", evaluate_every, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"the learning rate must be positive and finite, got {lr!r}")
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise ValueError(f"weight_decay must be finite and not negative, got {weight_decay!r}")
+        checks.whole(name, value, least)
+    checks.number("the learning rate", lr, "above 0", lambda lr: lr > 0)
+    checks.number("weight_decay", weight_decay, "of at least 0", lambda decay: decay >= 0)
     if schedule not in ("constant", "linear", "cosine"):
         raise ValueError(f"schedule must be constant, linear or cosine, got {schedule!r}")
