@@ -3,7 +3,8 @@
     folder/adapter_config.json           PEFT's field names: peft_type, r, lora_alpha, target_modules, …
     folder/adapter_model.safetensors     PEFT's keys: base_model.model.<layer>.lora_A.weight (rank, in), .lora_B.weight (out, rank)
 
-The safetensors metadata, which PEFT ignores, also names the method and the base: an adapter is an addition to one particular W.
+formats.py says how each method is put in these terms. The safetensors metadata, which PEFT ignores, also names the method and the
+base: an adapter is an addition to one particular W.
 """
 
 import dataclasses
@@ -21,33 +22,35 @@ from torch import Tensor, nn
 
 from minilora.adapter import Adapter, Method, adapters, disabled, find_targets, install
 from minilora.gpt import TinyGPT
-from minilora.methods import LoRA
+from minilora.formats import FORMATS, METHODS, PEFT_TYPES, PEFTS_OWN, LoRAFormat
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-TENSORS = {"A": "lora_A.weight", "B": "lora_B.weight"}
 
-# Of PEFT's LoraConfig: what we read, what changes nothing, and what must have this value because we do nothing else.
-READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"}
+# Of PEFT's fields: what changes nothing, and what must have this value because we do nothing else. formats.py has what is read.
 HARMLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
             "revision", "task_type"}
-ALLOWED = {"bias": ["none"], "init_lora_weights": [True, False, "gaussian"]}    # the other inits alter the base
+ALLOWED = {"bias": ["none"]}
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> Path:
-    """Write the model's adapter to `folder`, so that load_adapter here and PeftModel.from_pretrained in PEFT read it."""
-    found = dict(adapters(model))
-    if not found:
+def save_adapter(model: nn.Module, folder: str | Path, projection: bool = True) -> Path:
+    """Write the model's adapter to `folder`, so that load_adapter here and PeftModel.from_pretrained in PEFT read it.
+
+    projection=False leaves VeRA's A and B out: the seed draws them again, and the loader knows by their digest if it did.
+    """
+    layers = dict(adapters(model))
+    if not layers:
         raise ValueError("nothing to save: this model has no adapters (after full fine-tuning save the whole model)")
-    method = next(iter(found.values())).method
-    tensors = {f"{PREFIX}{name}.{TENSORS[tensor]}": getattr(layer, tensor).detach().cpu().contiguous()
-               for name, layer in found.items() for tensor in TENSORS}
-    about = {"method": type(method).__name__, "fields": dataclasses.asdict(method), "layers": list(found),
-             "base": base_fingerprint(model)}
+    method = next(iter(layers.values())).method
+    form, options = FORMATS[type(method)], {"projection": projection}
+    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in _tensors(form, layers, options).items()}
+    about = {"method": type(method).__name__, "fields": dataclasses.asdict(method), "layers": list(layers),
+             "base": base_fingerprint(model), "state": form.state(layers)}
+    config = _shell(form) | {"target_modules": list(layers)} | form.config(method, layers, **options)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS, _packed(tensors, {"format": "pt", "minilora": json.dumps(about)}))
-    write_atomically(folder / CONFIG, (json.dumps(_peft_config(method, list(found)), indent=2) + "\n").encode())
+    write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return folder
 
 
@@ -62,21 +65,31 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False, 
     config = _read_config(config_file)
     tensors, about = _read_tensors(weights_file)
     method = _method(config, config_file)
-    layers = _layers(model, config, config_file)
+    form = PEFTS_OWN[type(method)]
+    linears = _layers(model, config, config_file)
     if about:
-        if about["fields"] != dataclasses.asdict(method) or about["layers"] != list(layers):
-            raise ValueError(f"{config_file}: does not belong to {WEIGHTS} beside it, which was saved as {about['method']} "
-                             f"{about['fields']} on {len(about['layers'])} layers; the file has been edited or mixed up")
+        method = _saved_method(about, weights_file)
+        form = FORMATS[type(method)]
+        if about["layers"] != list(linears):
+            raise _mixed_up(config_file, about, "target_modules", list(linears), about["layers"])
         base = base_fingerprint(model)
         if about["base"] != base and not any_base:
             raise ValueError(f"{weights_file}: made for another base (fingerprint {about['base'][:12]}, this model's is "
                              f"{base[:12]}); load the base it was trained on, or pass any_base=True")
-    with torch.random.fork_rng([]):                 # the adapters' random starts are overwritten: spend no one's random numbers on them
-        wrapped = method.wrap(layers)
-    _fill(wrapped, tensors, weights_file)
-    for adapter in wrapped.values():
-        for tensor in TENSORS:
-            getattr(adapter, tensor).requires_grad_(trainable)
+    options = {"projection": config.get("save_projection", True)}
+    with torch.random.fork_rng([]), torch.no_grad():     # the adapters' random starts are overwritten: spend no one's random numbers on them
+        try:
+            wrapped = method.wrap(linears)
+            form.restore(wrapped, about.get("state", {}), config)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{config_file}: {error}") from None
+        for field, value in form.config(method, wrapped, **options).items() if about else ():
+            if config.get(field) != value:
+                raise _mixed_up(config_file, about, field, config.get(field), value)
+        _fill(form, wrapped, options, tensors, weights_file)
+    if not trainable:
+        for adapter in wrapped.values():
+            adapter.requires_grad_(False)
     return install(model, wrapped)
 
 
@@ -142,13 +155,16 @@ def _packed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     return len(header).to_bytes(8, "little") + header + content[8 + size:]
 
 
-def _peft_config(method: LoRA, layers: list[str]) -> dict:
-    return {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
-        "r": method.rank, "lora_alpha": int(method.alpha) if method.alpha == int(method.alpha) else method.alpha,
-        "lora_dropout": method.dropout, "use_rslora": method.rslora, "target_modules": layers,
-        "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
-    }
+def _shell(form: LoRAFormat) -> dict:
+    """The fields that PEFT wants to see in every folder."""
+    return {"peft_type": form.peft_type, "task_type": None, "base_model_name_or_path": None, "inference_mode": True, "bias": "none",
+            "modules_to_save": None}
+
+
+def _tensors(form: LoRAFormat, layers: dict[str, Adapter], options: dict) -> dict[str, Tensor]:
+    """All that the weights file holds, by key."""
+    own = {f"{PREFIX}{name}.{end}": tensor for name, layer in layers.items() for end, tensor in form.write(layer).items()}
+    return own | form.write_shared(layers, **options)
 
 
 def _read_config(file: Path) -> dict:
@@ -158,25 +174,44 @@ def _read_config(file: Path) -> dict:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise ValueError(f"{file}: not whole JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{file}: peft_type is {kind!r}; what can be loaded is 'LORA'")
+    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    if not isinstance(kind, str) or kind not in PEFT_TYPES:
+        raise ValueError(f"{file}: peft_type is {kind!r}; what can be loaded is {', '.join(map(repr, PEFT_TYPES))}")
+    form = PEFT_TYPES[kind]
+    allowed = ALLOWED | form.allowed
     for field, value in config.items():
-        if field in ALLOWED and value not in ALLOWED[field]:
-            raise ValueError(f"{file}: {field} = {value!r} is not supported; it may be {ALLOWED[field]}")
-        if field not in READ | HARMLESS | set(ALLOWED) and value:
+        if field in allowed and value not in allowed[field]:
+            hint = ""
+            if field == "init_lora_weights" and str(value).startswith("pissa_niter"):
+                hint = (": the randomized SVD that altered its base cannot be repeated. In PEFT, "
+                        "save_pretrained(path_initial_model_for_weight_conversion=...) makes a LoRA of it, which loads here")
+            raise ValueError(f"{file}: {field} = {value!r} is not supported; it may be {allowed[field]}{hint}")
+        if field not in HARMLESS | form.read_fields | form.ignored_fields | {"peft_type", "target_modules"} | set(allowed) and value:
             raise ValueError(f"{file}: {field} = {value!r} changes what the adapter means and is not supported")
     return config
 
 
-def _method(config: dict, file: Path) -> LoRA:
+def _method(config: dict, file: Path) -> Method:
+    """The method that PEFT's fields describe."""
     try:
-        return LoRA(rank=config["r"], alpha=float(config["lora_alpha"]), dropout=float(config.get("lora_dropout", 0.0)),
-                    rslora=bool(config.get("use_rslora", False)))
+        return PEFT_TYPES[config["peft_type"]].method(config)
     except KeyError as error:
         raise ValueError(f"{file}: the field {error} is missing") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def _saved_method(about: dict, file: Path) -> Method:
+    """The method that the metadata names."""
+    try:
+        return METHODS[about["method"]](**about["fields"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: its metadata names no method that is known here ({error}); was it saved by another version?") from None
+
+
+def _mixed_up(file: Path, about: dict, field: str, found: object, saved: object) -> ValueError:
+    return ValueError(f"{file}: does not belong to {WEIGHTS} beside it, which was saved as {about['method']} {about['fields']} on "
+                      f"{len(about['layers'])} layers: {field} is {found!r} here and was {saved!r}; the file has been edited or mixed up")
 
 
 def _layers(model: nn.Module, config: dict, file: Path) -> dict[str, nn.Linear]:
@@ -203,6 +238,8 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(file, "pt") as opened:
             about = json.loads((opened.metadata() or {}).get("minilora", "{}"))
+            if about and not (isinstance(about, dict) and {"method", "fields", "layers", "base"} <= about.keys()):
+                raise ValueError("its metadata does not say which adapter this is")
             return {key: opened.get_tensor(key) for key in opened.keys()}, about
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file") from None
@@ -210,19 +247,23 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{file}: damaged or cut short ({error})") from None
 
 
-@torch.no_grad()
-def _fill(wrapped: dict[str, Adapter], tensors: dict[str, Tensor], file: Path) -> None:
-    """Copy each tensor to its place, after checking every one."""
-    places = {f"{PREFIX}{name}.{TENSORS[tensor]}": getattr(adapter, tensor)
-              for name, adapter in wrapped.items() for tensor in TENSORS}
-    for verb, keys in (("is missing", places.keys() - tensors.keys()), ("is unexpected", tensors.keys() - places.keys())):
+def _fill(form: LoRAFormat, wrapped: dict[str, Adapter], options: dict, tensors: dict[str, Tensor], file: Path) -> None:
+    """Copy each tensor to its place, after checking every one; then see that what was read is what would be written."""
+    expected = _tensors(form, wrapped, options)
+    for verb, keys in (("is missing", expected.keys() - tensors.keys()), ("is unexpected", tensors.keys() - expected.keys())):
         if keys:
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
             raise ValueError(f"{file}: the tensor {min(keys)} {verb}{more}")
-    for key, place in places.items():
+    for key, place in expected.items():
         if tensors[key].shape != place.shape:
             raise ValueError(f"{file}: {key} has shape {tuple(tensors[key].shape)}; "
                              f"this model and configuration need {tuple(place.shape)}")
         if not tensors[key].is_floating_point() or not tensors[key].isfinite().all():
             raise ValueError(f"{file}: {key} holds values that are not finite numbers")
-        place.copy_(tensors[key])
+    for name, layer in wrapped.items():
+        form.read(layer, {end: tensors[f"{PREFIX}{name}.{end}"] for end in form.write(layer)})
+    for key, now in _tensors(form, wrapped, options).items():
+        now, saved = now.cpu(), tensors[key]
+        same = torch.equal(now, saved) if now.dtype == saved.dtype else torch.allclose(now.float(), saved.float(), rtol=1e-2, atol=1e-6)
+        if not same:
+            raise ValueError(f"{file}: {key} is not what this configuration makes it: it has been edited, or comes from another seed")

@@ -55,7 +55,7 @@ class AdaLoRA(Method):
         checks.whole("target_rank", self.target_rank, 1)
         if self.target_rank > self.initial_rank:
             raise ValueError(f"target_rank {self.target_rank} is above initial_rank {self.initial_rank}: AdaLoRA only ever cuts")
-        checks.number("alpha", self.alpha)
+        checks.number("alpha", self.alpha, "above 0", lambda alpha: alpha > 0)       # PEFT takes 0 for "equal to the rank"
         for name, least in (("warmup_steps", 0), ("final_steps", 0), ("interval", 1)):
             checks.whole(name, getattr(self, name), least)
         for name in ("beta1", "beta2", "dropout"):
@@ -150,6 +150,11 @@ class AdaLoRALinear(Adapter):
     def delta_weight(self) -> Tensor:
         """(out, in): what merging adds to W."""
         return self.scale * (self.P * self.lam) @ self.Q
+
+    @property
+    def kept(self) -> Tensor:
+        """(r), bool: the triplets that were not cut, or have grown again since."""
+        return self.mask | (self.lam != 0)
 
     def judge(self, beta1: float, beta2: float) -> None:
         """Take this step's |w · dL/dw| into the running means."""
