@@ -65,8 +65,8 @@ class LoRAFormat:
         """What PEFT has no field for, for the metadata."""
         return {}
 
-    def restore(self, layers: Layers, state: dict, config: dict) -> None:
-        """Bring fresh layers into that state, so that they have the tensors of the file. Raises as `method` does."""
+    def restore(self, layers: Layers, state: dict | None, config: dict) -> None:
+        """Bring fresh layers into that state (None: PEFT wrote the folder), so that they have the file's tensors. Raises as `method` does."""
 
 
 class DoRAFormat(LoRAFormat):
@@ -82,11 +82,11 @@ class DoRAFormat(LoRAFormat):
 
 
 class LoRADropFormat(LoRAFormat):
-    def state(self, layers: Layers) -> dict:
+    def state(self, layers: Layers) -> dict:                                          # "own": None as long as nothing was chosen
         decided = all(layer.decided for layer in layers.values())
         return {"own": [name for name, layer in layers.items() if layer.own] if decided else None}
 
-    def restore(self, layers: Layers, state: dict, config: dict) -> None:
+    def restore(self, layers: Layers, state: dict | None, config: dict) -> None:
         if state["own"] is not None:
             share_pairs(layers, set(state["own"]))
 
@@ -132,7 +132,7 @@ class DeltaLoRAFormat(LoRAFormat):
     def state(self, layers: Layers) -> dict:
         return {"started": self.started(layers)}
 
-    def restore(self, layers: Layers, state: dict, config: dict) -> None:
+    def restore(self, layers: Layers, state: dict | None, config: dict) -> None:
         for layer in layers.values():
             layer.started.fill_(bool(state["started"]))
 
@@ -170,7 +170,7 @@ class AdaLoRAFormat(LoRAFormat):
         layer.lam[kept] = tensors["lora_E"][:, 0].to(layer.lam)
         layer.P[:, kept] = tensors["lora_B"].to(layer.P)
 
-    def restore(self, layers: Layers, state: dict, config: dict) -> None:
+    def restore(self, layers: Layers, state: dict | None, config: dict) -> None:
         patterns = config.get("rank_pattern")
         if not patterns:
             return
@@ -211,8 +211,8 @@ class VeRAFormat(LoRAFormat):
         """The projections' digest: that the seed still draws the same numbers is then known, and not hoped."""
         return {"projections": digest(next(iter(layers.values())))}
 
-    def restore(self, layers: Layers, state: dict, config: dict) -> None:
-        if state and state["projections"] != digest(next(iter(layers.values()))):
+    def restore(self, layers: Layers, state: dict | None, config: dict) -> None:
+        if state is not None and state["projections"] != digest(next(iter(layers.values()))):
             raise ValueError("this seed draws other projections A and B here than those the vectors were trained with")
 
 

@@ -80,9 +80,11 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False, 
     with torch.random.fork_rng([]), torch.no_grad():     # the adapters' random starts are overwritten: spend no one's random numbers on them
         try:
             wrapped = method.wrap(linears)
-            form.restore(wrapped, about.get("state", {}), config)
-        except (ValueError, KeyError) as error:
+            form.restore(wrapped, about.get("state", {}) if about else None, config)
+        except ValueError as error:
             raise ValueError(f"{config_file}: {error}") from None
+        except (KeyError, TypeError):
+            raise ValueError(f"{weights_file}: its metadata lacks the state of {about['method']}; the file has been edited") from None
         for field, value in form.config(method, wrapped, **options).items() if about else ():
             if config.get(field) != value:
                 raise _mixed_up(config_file, about, field, config.get(field), value)
