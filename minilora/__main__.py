@@ -1,6 +1,7 @@
 """python -m minilora: fine-tune the tiny GPT on a text of your own, let it speak, merge what it learned.
 
     finetune   --text FILE | --task voice|facts|sums   [--method lora --rank 8 --steps 200 --out DIR …]
+               methods: full lora lora-plus lora-fa vera delta-lora lora-drop adalora rslora dora pissa
     generate   [--adapter DIR] --prompt TEXT
     merge      --adapter DIR --out FILE
     pretrain   --out FILE                              how the shipped base was made
@@ -24,7 +25,8 @@ from minilora.methods import METHODS
 
 CHECKPOINT, MODEL, HISTORY, PICTURE = "checkpoint.pt", "model.safetensors", "history.json", "loss.png"
 WRITTEN = (CHECKPOINT, MODEL, HISTORY, PICTURE, storage.CONFIG, storage.WEIGHTS)
-RATES = {"full": 1e-3, "lora": 1e-2}     # --lr where none is given: from a sweep of three each on two tasks
+RATES = {"full": 1e-3, "lora": 1e-2, "lora-plus": 2.5e-3, "lora-fa": 1e-2, "vera": 3e-2, "delta-lora": 1e-2, "lora-drop": 1e-2, "adalora": 3e-2,
+         "rslora": 3e-3, "dora": 1e-2, "pissa": 3e-3}     # --lr where none is given: from a sweep of three each on two tasks
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,8 +60,8 @@ def parser() -> Parser:
     source = finetune.add_mutually_exclusive_group(required=True)
     source.add_argument("--text", type=Path, metavar="FILE", help="any UTF-8 file; its last tenth is held out")
     source.add_argument("--task", choices=data.TASKS, help="a task with known answers")
-    finetune.add_argument("--method", choices=METHODS, default="lora")
-    finetune.add_argument("--rank", type=whole(1), default=8)
+    finetune.add_argument("--method", type=method_name, default="lora", help=", ".join(METHODS))
+    finetune.add_argument("--rank", type=whole(1), help="rank of the update (default: 8, VeRA 64); AdaLoRA's target, from half as much again")
     finetune.add_argument("--alpha", type=positive, help="strength of the update (default: the method's)")
     finetune.add_argument("--steps", type=whole(1), default=200)
     finetune.add_argument("--lr", type=positive, help="peak learning rate (default: one that suits the method)")
@@ -95,7 +97,7 @@ def parser() -> Parser:
 
 def run_finetune(args: argparse.Namespace) -> int:
     task = data.text(args.text) if args.text else data.TASKS[args.task]()
-    method = make_method(args.method, rank=args.rank, alpha=args.alpha)
+    method = make_method(args.method, args.rank, args.alpha, args.steps)
     targets = args.targets.split(",") if args.targets else None
     model = on_best_device(ml.load_base(args.base))
     ml.adapt(copy.deepcopy(model), method, targets)       # whatever the method or the targets refuse, it is refused here
@@ -172,11 +174,29 @@ def run_pretrain(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_method(name: str, **options) -> ml.Method:
-    """The method of that name, with those of the options that it knows and the user gave."""
-    kind = METHODS[name]
-    known = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{option: value for option, value in options.items() if option in known and value is not None})
+def method_name(text: str) -> str:
+    """The name in METHODS, however it is spelled: LoRA+, lora_plus and lora-plus are one."""
+    def plain(name):
+        return name.lower().replace("+", "plus").replace("-", "").replace("_", "").replace(" ", "")
+    for name in METHODS:
+        if plain(name) == plain(text):
+            return name
+    raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(METHODS)})")
+
+
+def make_method(name: str, rank: int | None, alpha: float | None, steps: int) -> ml.Method:
+    """The method of that name for a run of so many steps; what was not given is the method's own default."""
+    fields = {} if name == "full" else {"rank": rank or (64 if name == "vera" else 8)}
+    if name == "adalora":                    # the paper's proportions: half as much again at the start; on MNLI a tenth of the steps
+        target = fields.pop("rank")          # before the first cut and more than half of them after the last
+        fields |= {"initial_rank": round(1.5 * target), "target_rank": target, "warmup_steps": steps // 10, "final_steps": steps // 2}
+    if name == "lora-drop":
+        fields["warmup_steps"] = min(20, max(1, steps // 10))
+    if alpha is not None:
+        if name in ("full", "vera"):
+            raise ValueError(f"{name} has no alpha")
+        fields["alpha"] = alpha
+    return METHODS[name](**fields).scheduled(steps)
 
 
 def load(args: argparse.Namespace) -> ml.TinyGPT:

@@ -13,6 +13,7 @@ import torch
 
 import minilora as ml
 from minilora.__main__ import main
+from minilora.methods import METHODS
 from minilora.storage import save_model
 
 TEXT = "The quick brown fox jumps over the lazy dog, number {}. "
@@ -95,6 +96,50 @@ def test_full_fine_tuning_writes_the_whole_model(finetune, capsys):
     assert code == 0 and files(folder) == ["history.json", "loss.png", "model.safetensors"]
     assert main(["generate", "--adapter", str(folder), "--prompt", "The", "--max-new", "5", "--seed", "0"]) == 0
     assert capsys.readouterr().out.startswith("The")
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
+def test_every_method_trains_stops_goes_on_speaks_and_merges(finetune, method, base, tmp_path, monkeypatch, capsys):
+    """Stopped in process after its third step, the same command ends with the bytes of a run that was not stopped."""
+    code, out, _, straight = finetune("--method", method, out=tmp_path / "straight")
+    assert code == 0 and files(straight) == FINISHED and f"{method}: " in out
+    clear, cleared = torch.optim.AdamW.zero_grad, []
+
+    def stop(self):
+        cleared.append(1)
+        if len(cleared) == (5 if method == "lora-drop" else 3):                      # its warm-up of one step clears twice
+            raise KeyboardInterrupt
+        clear(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "zero_grad", stop)
+    code, _, _, folder = finetune("--method", method)
+    assert code == 130 and files(folder) == ["checkpoint.pt"]
+    monkeypatch.undo()
+    code, out, _, folder = finetune("--method", method)
+    assert code == 0 and "resumed at step 2" in out
+    assert all((folder / name).read_bytes() == (straight / name).read_bytes() for name in FINISHED[:3])
+    said = []
+    for flags in (["--adapter", str(folder)], ["--base", str(tmp_path / "merged")]):
+        if said:
+            assert main(["merge", "--adapter", str(folder), "--base", base, "--out", str(tmp_path / "merged")]) == 0
+            capsys.readouterr()
+        assert main(["generate", "--prompt", "The", "--max-new", "9", "--temperature", "0", "--base", base, *flags]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0].startswith("The")
+
+
+@pytest.mark.parametrize("spelled, method", [("LoRA+", "lora-plus"), ("loraplus", "lora-plus"), ("lora_fa", "lora-fa"), ("DoRA", "dora"), ("Delta-LoRA", "delta-lora"),
+                                             ("rsLoRA", "rslora"), ("LoRA-drop", "lora-drop"), ("AdaLoRA", "adalora"), ("VeRA", "vera"), ("PiSSA", "pissa")])
+def test_a_method_is_known_however_it_is_spelled(finetune, spelled, method):
+    code, _, _, folder = finetune("--method", spelled)
+    assert code == 0 and json.loads((folder / "history.json").read_text())["method"] == method
+
+
+def test_adaloras_rank_is_its_target(finetune):
+    _, _, _, folder = finetune("--method", "adalora", "--rank", "4", "--steps", "20")
+    fields = json.loads((folder / "history.json").read_text())["hyperparameters"]
+    assert {key: fields[key] for key in ("initial_rank", "target_rank", "total_steps", "warmup_steps", "final_steps")} == {
+        "initial_rank": 6, "target_rank": 4, "total_steps": 20, "warmup_steps": 2, "final_steps": 10}
 
 
 def test_targets_and_alpha_are_used(finetune):
@@ -193,6 +238,8 @@ BAD = [
     (["--text", "{text}", "--alpha", "x"], "alpha"), (["--text", "{text}", "--seed", "-1"], "seed"), (["--text", "{text}", "--base", "{tmp}/none"], "none: no such file"),
     (["--text", "{text}", "--base", "{text}"], "fox.txt: not a whole"), (["--text", "{text}", "--colour", "red"], "colour"),
     (["--text", "{text}", "--method", "full", "--targets", "q_proj"], "no targets"),
+    (["--text", "{text}", "--method", "vera", "--alpha", "3"], "vera has no alpha"), (["--text", "{text}", "--method", "full", "--alpha", "3"], "full has no alpha"),
+    (["--text", "{text}", "--method", "adalora", "--rank", "16"], "rank 24 is above"), (["--text", "{text}", "--method", "pissa", "--rank", "17"], "rank 17 is above"),
 ]
 
 
