@@ -2,8 +2,8 @@
 
     learning rate of A = lr        learning rate of B = ratio · lr        ratio > 1
 
-Of an update of B every row is s · (x Aᵀ)ᵀ, of A's every entry passes through B, which starts at zero: at equal rates A
-hardly moves the output of a wide layer while B is small.
+A's gradient passes through B, which starts at zero, and B's through A, which does not. At one rate for both, a wide layer learns
+less from each step than it could; a rate of its own for B is the remedy.
 
 Who gets which rate: the B of each adapter, and nothing else, gets ratio · lr. Whatever else you have unfrozen gets lr: a head,
 an embedding, biases, norms. Weight decay holds for all of them but vectors (biases, norms). The authors' code and PEFT instead
