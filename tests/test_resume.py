@@ -1,0 +1,117 @@
+"""Every method with state of its own, stopped in process and gone on with: the same bits as a run that was never stopped."""
+
+import pytest
+import torch
+
+import minilora as ml
+from minilora.methods.lora_drop import share_pairs
+
+BATCHES = ml.data.world().batches(2, 31, seed=3)
+METHODS = {
+    "LoRA+": ml.LoRAPlus(3, alpha=5, dropout=0.2),
+    "LoRA-FA": ml.LoRAFA(3, alpha=5, projection=True, dropout=0.2),
+    "VeRA": ml.VeRA(10, dropout=0.2),
+    "Delta-LoRA": ml.DeltaLoRA(3, alpha=5, start_step=6),
+    "LoRA-drop": ml.LoRADrop(3, alpha=5, threshold=0.3, warmup_steps=2, dropout=0.2),
+    "AdaLoRA": ml.AdaLoRA(4, 2, alpha=5, warmup_steps=2, final_steps=3, interval=2, dropout=0.2),
+    "DoRA": ml.DoRA(3, alpha=5, dropout=0.2),
+    "PiSSA": ml.PiSSA(3, alpha=5, dropout=0.2),
+}
+EVERY = pytest.mark.parametrize("name", METHODS)
+
+
+def small():
+    torch.manual_seed(0)
+    return ml.TinyGPT(ml.GPTConfig(context=32, width=16, layers=3, heads=2))
+
+
+def run(model, method, batches=BATCHES, **options):
+    return ml.finetune(model, method, batches, 12, 0.02, targets=["q_proj", "down_proj"], weight_decay=0.01, schedule="cosine", warmup=3, progress=False, **options)
+
+
+def stopping(at, calls_before=0):
+    """Stop when the step `at` of training asks for its batch (LoRA-drop has asked before, for its warm-up)."""
+    asked = []
+
+    def batches(step):
+        asked.append(step)
+        if step == at and len(asked) > calls_before:
+            raise KeyboardInterrupt
+        return BATCHES(step)
+
+    return batches
+
+
+def equal(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@EVERY
+def test_stopped_anywhere_it_ends_bit_identical(name, tmp_path, capsys):
+    method, straight = METHODS[name], small()
+    expected = run(straight, method)
+    for at in (0, 1, 5, 6, 7, 9, 11):                    # before, at and after Delta-LoRA's start, AdaLoRA's cuts and its last one
+        again, checkpoint = small(), tmp_path / f"{at}.pt"
+        with pytest.raises(KeyboardInterrupt):
+            run(small(), method, stopping(at, 4 if name == "LoRA-drop" else 0), checkpoint=checkpoint)
+        assert run(again, method, checkpoint=checkpoint) == expected
+        assert f"resumed at step {at}\n" in capsys.readouterr().out
+        assert equal(again, straight)
+        for (_, one), (_, other) in zip(ml.adapters(again), ml.adapters(straight)):
+            assert one.method == other.method and repr(one.method) == repr(other.method)
+
+
+@EVERY
+def test_stopped_twice_in_one_run(name, tmp_path):
+    method, straight, again = METHODS[name], small(), small()
+    expected = run(straight, method)
+    for at in (4, 8):
+        with pytest.raises(KeyboardInterrupt):
+            run(small(), method, stopping(at, 4 if name == "LoRA-drop" else 0), checkpoint=tmp_path / "c.pt")
+    assert run(again, method, checkpoint=tmp_path / "c.pt") == expected and equal(again, straight)
+
+
+@EVERY
+def test_a_model_that_was_adapted_by_hand_gets_its_frozen_parts_from_the_checkpoint_too(name, tmp_path):
+    """Another process starts from other random numbers: LoRA-FA's A, which is not trained, must be the old one all the same."""
+    method = METHODS[name]
+
+    def by_hand(seed):
+        model = small()
+        torch.manual_seed(seed)
+        return ml.adapt(model, method, ["q_proj", "down_proj"])
+
+    straight, again = by_hand(1), by_hand(2)
+    expected = run(straight, method)
+    with pytest.raises(KeyboardInterrupt):
+        run(by_hand(1), method, stopping(7, 4 if name == "LoRA-drop" else 0), checkpoint=tmp_path / "c.pt")
+    if name == "LoRA-drop":                               # which layers it keeps depends on their start: that may differ, and is then said
+        share_pairs(dict(ml.adapters(again)), {layer for layer, made in ml.adapters(straight) if made.own})
+    assert run(again, method, checkpoint=tmp_path / "c.pt") == expected and equal(again, straight)
+
+
+def test_lora_drops_other_choice_is_refused_and_the_model_left_alone(tmp_path):
+    method = METHODS["LoRA-drop"]
+    with pytest.raises(KeyboardInterrupt):
+        run(small(), method, stopping(7, 4), checkpoint=tmp_path / "c.pt")
+    written = (tmp_path / "c.pt").read_bytes()
+    other = ml.adapt(small(), method, ["q_proj", "down_proj"])
+    share_pairs(dict(ml.adapters(other)), set())
+    before = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    with pytest.raises(ValueError, match="c.pt: a checkpoint of a run that trained other tensors .*remove it to start over"):
+        run(other, method, checkpoint=tmp_path / "c.pt")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in other.state_dict().items())
+    assert (tmp_path / "c.pt").read_bytes() == written
+
+
+@pytest.mark.parametrize("one, other", [
+    (ml.DeltaLoRA(3, start_step=6), ml.DeltaLoRA(3, start_step=5)), (ml.LoRAPlus(3), ml.LoRA(3)), (ml.LoRAFA(3), ml.LoRAFA(3, projection=True)),
+    (ml.VeRA(10), ml.VeRA(10, seed=1)), (ml.AdaLoRA(4, 2), ml.AdaLoRA(4, 2, total_steps=11)), (ml.DoRA(3), ml.PiSSA(3)),
+])
+def test_a_checkpoint_of_another_method_is_refused(one, other, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(small(), one, stopping(4), checkpoint=tmp_path / "c.pt")
+    model = small()
+    with pytest.raises(ValueError, match="whose method was"):
+        run(model, other, checkpoint=tmp_path / "c.pt")
+    assert not list(ml.adapters(model)) and all(p.requires_grad for p in model.parameters())
