@@ -1,6 +1,7 @@
 """Figures, and nothing else: numbers in, a matplotlib Figure out. Colours are Okabe and Ito's, which colour-blind readers can tell apart."""
 
 import math
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -56,4 +57,66 @@ def lora_drawing(out: int = 6, into: int = 9, rank: int = 2) -> Figure:
     matrix(rank, into, "A", "trained, starts random\n(rank, in)", VERMILION, 0.85)
     axes.set(xlim=(-0.5, x), ylim=(-out / 2 - 2.3, out / 2 + 0.3))
     axes.set_title("LoRA does not decompose W: it adds  dW = s · B A  beside it,  s = alpha / rank", fontsize=13)
+    return figure
+
+
+class Identity(NamedTuple):
+    """`left` is `right` `when`: in the whole of training, or as a function at one moment. `unless`, they are `off` apart: the largest
+    difference over the largest entry of what they add to W."""
+
+    key: str
+    left: str
+    right: str
+    training: bool
+    when: str
+    unless: str
+    off: float
+
+
+IDENTITIES = (                                                  # tests/test_identities.py proves each, in float64
+    Identity("a_and_b_share_their_size", "LoRA", "LoRA", False, "(A / c, c B) for (A, B)", "trained on by Adam", 0.55),
+    Identity("strength_is_speed", "LoRA+", "LoRA", True, "ratio c for alpha · c; Adam, no decay", "with weight decay", 0.62),
+    Identity("ratio_one", "LoRA+", "LoRA", True, "ratio 1", "ratio 2", 1),
+    Identity("root_of_rank", "rsLoRA", "LoRA", True, "alpha · √r for alpha", "equal alpha", 0.74),
+    Identity("all_are_kept", "LoRA-drop", "LoRA", True, "threshold 1, equal seed", "threshold 0.1", 0.88),
+    Identity("vera_absorbed", "VeRA", "LoRA", False, "A = diag(d) A, B = diag(b) B, s = 1", "d forgotten", 1.3),
+    Identity("adalora_of_fixed_masks", "AdaLoRA", "LoRA", True, "Λ fixed at ones and zeros, no penalty", "Λ trained", 0.51),
+    Identity("no_delta", "Delta-LoRA", "LoRA", True, "λ = 0", "λ = 0.5", 0.5),
+    Identity("delta_from_the_start", "Delta-LoRA", "LoRA", True, "K = 0, scale (1 + λ)s; Adam", "K = 5", 0.81),
+    Identity("delta_by_gradient_descent", "Delta-LoRA", "LoRA", True, "K = 0, scale (1 + λ)s, rate / (1 + λ); SGD", "equal rate", 0.67),
+    Identity("delta_is_two_pairs", "Delta-LoRA", "LoRA", False, "rank 2r: [A; A_K], [(1 + λ) B, −λ B_K]", "B_K forgotten", 0.8),
+    Identity("pissa_is_two_pairs", "PiSSA", "LoRA", False, "rank 2r: [A; A₀], [B, −B₀]", "+ B₀", 0.15),
+    Identity("pissa_is_lora_on_the_residual", "PiSSA", "LoRA", True, "on W − s B₀A₀, from (A₀, B₀)", "on W, from (A, 0)", 2.7),
+    Identity("dora_of_free_length", "DoRA", "LoRA", False, "m = ‖W + s B A‖ at every moment", "m stays ‖W‖", 0.92),
+    Identity("dora_starts_as_base", "DoRA", "the base", False, "at the start", "m 10 % longer", 0.1),
+    Identity("pissa_starts_as_base", "PiSSA", "the base", False, "at the start", "B₀A₀ forgotten", 1.2),
+    Identity("a_stands_still", "LoRA-FA", "LoRA+", True, "A at rate 0, ratio 1", "A at B's rate", 0.91),
+    Identity("nothing_to_project", "LoRA-FA", "LoRA-FA projected", True, "A Aᵀ = 1, s = 1", "A as drawn", 1.5),
+    Identity("the_whole_space", "LoRA-FA", "full fine-tuning", True, "rank = in, AᵀA = 1, s = 1; SGD", "Adam", 2.1),
+)
+
+
+def identity_map() -> Figure:
+    """Which method is which other, and when: one line an identity, drawn through for all of training, dashed for one moment."""
+    rows = len(IDENTITIES)
+    figure = Figure(figsize=(11, 0.5 * rows + 1.2), layout="constrained")
+    axes = figure.subplots()
+    axes.axis("off")
+    axes.set(xlim=(-0.2, 10.2), ylim=(rows + 0.9, -0.7))
+    for row, edge in enumerate(IDENTITIES):
+        color = BLUE if edge.training else VERMILION
+        axes.plot([1.9, 8.1], [row, row], color=color, linewidth=1.8, linestyle="-" if edge.training else (0, (4, 3)))
+        for x, ha, text, tone in ((2.1, "left", edge.when, BLACK), (7.95, "right", f"{edge.unless}: {edge.off:.0%} apart", "#666666")):
+            axes.text(x, row - 0.1, text, ha=ha, va="bottom", fontsize=10.5, color=tone)
+    for x, names in ((0.0, [edge.left for edge in IDENTITIES]), (8.1, [edge.right for edge in IDENTITIES])):
+        first = 0
+        for row in range(1, rows + 1):                          # a method that follows itself is one box
+            if row == rows or names[row] != names[first]:
+                axes.add_patch(Rectangle((x, first - 0.42), 1.9, row - first - 0.16, facecolor="#EEF3F7", edgecolor="#888888"))
+                axes.text(x + 0.95, (first + row - 1) / 2, names[first].replace(" ", "\n", 1), ha="center", va="center", fontsize=11, weight="bold")
+                first = row
+    axes.text(2.1, rows + 0.1, "through: equal in all of training", color=BLUE, fontsize=10.5, va="center")
+    axes.text(2.1, rows + 0.6, "dashed: the same function at one moment", color=VERMILION, fontsize=10.5, va="center")
+    axes.text(7.95, rows + 0.1, "grey: one condition dropped", color="#666666", fontsize=10.5, va="center", ha="right")
+    axes.set_title("When is one method another?  Each line is proved in float64, and so is its failure", fontsize=13)
     return figure
