@@ -1,6 +1,6 @@
 """What a bad argument is told: its name, what it must be, what it was."""
 
-import math
+import sys
 
 
 def whole(name: str, value: object, least: int) -> None:
@@ -10,7 +10,7 @@ def whole(name: str, value: object, least: int) -> None:
 
 def number(name: str, value: object, must: str = "", holds=lambda value: True) -> None:
     """A finite number for which `holds` is true; `must` says in words what that asks for."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not holds(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max or not holds(value):
         raise ValueError(f"{name} must be a finite number{must and ' ' + must}, got {value!r}")
 
 

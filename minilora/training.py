@@ -81,7 +81,10 @@ def finetune(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):     # the caller's random numbers stay what they were
         torch.manual_seed(seed)
         with _adapted(model, method, targets):
-            method.prepare(model, batches, loss_fn, lr)
+            if saved:
+                _tie(model, saved["tied"], checkpoint)             # what prepare decided then
+            else:
+                method.prepare(model, batches, loss_fn, lr)
             optimizer = torch.optim.AdamW(method.parameter_groups(model, lr, weight_decay), lr=lr)
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(schedule, steps, warmup))
             run = Run(model, optimizer, scheduler, checkpoint, identity)
@@ -180,7 +183,7 @@ class Run:
             return
         began = time.monotonic()
         save_checkpoint(self.path, self.identity, {
-            "trained": _trained(self.model), "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+            "trained": _trained(self.model), "tied": _tied(self.model), "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
             "random": self.random, "step": self.step, "history": self.history, "first batch": self.first_batch,
         })
         self.spent_saving += time.monotonic() - began
@@ -280,13 +283,33 @@ def _adapted(model: nn.Module, method: Method, targets: list[str] | None) -> Ite
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """By name: every parameter that is trained or belongs to an adapter, and the adapters' buffers (a method keeps its own state there)."""
-    owners = dict(adapters(model)) or {"": model}
-    own = {id(p) for owner in owners.values() for name, p in owner.named_parameters() if not name.startswith("base.")}
+    """By name: every parameter that is trained or belongs to an adapter, and every buffer but the frozen layers' own: a method keeps its
+    state in buffers, and a norm its running means."""
+    own = {id(p) for _, layer in adapters(model) for name, p in layer.named_parameters() if not name.startswith("base.")}
+    fixed = {id(tensor) for _, layer in adapters(model) for tensor in layer.base.buffers()}
     state = {name: p for name, p in model.named_parameters() if p.requires_grad or id(p) in own}        # a shared one once
-    for prefix, owner in owners.items():
-        state |= {f"{prefix}.{name}": buffer for name, buffer in owner.named_buffers() if not name.startswith("base.")}
-    return state
+    return state | {name: buffer for name, buffer in model.named_buffers() if id(buffer) not in fixed}
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter of the adapters that has several, because layers share it."""
+    names: dict[int, list[str]] = {}
+    for prefix, layer in adapters(model):
+        for name, p in layer.named_parameters():
+            names.setdefault(id(p), []).append(f"{prefix}.{name}")
+    return [several for several in names.values() if len(several) > 1]
+
+
+def _tie(model: nn.Module, groups: list[list[str]], path: str | Path) -> None:
+    """Let layers share as they did in the run that is gone on with."""
+    there = _tied(model)
+    if there and there != groups:
+        raise ValueError(f"{path}: a checkpoint of a run whose layers shared other tensors ({' = '.join((groups or there)[0])}); "
+                         "remove it to start over")
+    for first, *rest in groups:
+        for name in rest:
+            layer, _, parameter = name.rpartition(".")
+            setattr(model.get_submodule(layer), parameter, model.get_parameter(first))
 
 
 def _random_state(model: nn.Module) -> dict[str, Tensor]:

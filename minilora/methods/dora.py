@@ -45,17 +45,22 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """(out): n, without forming W + s · B A."""
-        W, A, B, s = self.weight.to(self.A.dtype), self.A, self.B, self.scale
-        w = torch.linalg.vector_norm(W, dim=1)                                        # (out)
-        n2 = w * w + 2 * s * (F.linear(A, W).T * B).sum(1) + s * s * (B @ (A @ A.T) * B).sum(1)
-        return n2.clamp_min(torch.finfo(n2.dtype).tiny).sqrt()                        # a row of zeros stays one; nothing is divided by 0
+        A, s, gram = self.A, self.scale, self.A @ self.A.T                            # (rank, in), number, (rank, rank)
+        rows = self.out_features if self.weight.dtype == A.dtype else -(-self.out_features // 8)
+        norms = []
+        for W, B in zip(self.weight.split(rows), self.B.split(rows)):                 # all at once, unless W must be cast
+            W = W.to(A.dtype)
+            w = torch.linalg.vector_norm(W, dim=1)                                    # (rows)
+            n2 = w * w + 2 * s * (F.linear(A, W).T * B).sum(1) + s * s * (B @ gram * B).sum(1)
+            norms.append(n2.clamp_min(torch.finfo(n2.dtype).tiny).sqrt())             # a row of zeros stays one; nothing is divided by 0
+        return torch.cat(norms)
 
     def forward(self, x: Tensor) -> Tensor:
-        g = (self.magnitude / self.row_norms()).to(x.dtype)                           # (out)
         y = self.base(x)                                                              # (..., in) -> (..., out), bias and all
+        g = (self.magnitude / self.row_norms()).to(y.dtype)                           # (out)
         z = F.linear(self.dropout(x), self.A.to(x.dtype))                             # (..., in) -> (..., rank)
         v = add_product(y, z, self.B, self.scale)                                     # x (W + s · B A)ᵀ + bias
-        return g * v if self.bias is None else torch.addcmul((1 - g) * self.bias, g, v)
+        return g * v if self.bias is None else torch.addcmul((1 - g) * self.bias.to(y.dtype), g, v)
 
     def delta_weight(self) -> Tensor:
         """(out, in): what merging adds to W."""

@@ -48,8 +48,10 @@ class LoRADrop(LoRA):
         layers = dict(adapters(model))
         if all(layer.decided for layer in layers.values()):
             return                                                    # a model that was loaded, or is trained on
-        started, mode = {name: layer.A.detach().clone() for name, layer in layers.items()}, model.training
-        device = next(model.parameters()).device
+        device, mode = next(model.parameters()).device, model.training
+        fixed = {id(buffer) for layer in layers.values() for buffer in layer.base.buffers()}
+        moving = [p for p in model.parameters() if p.requires_grad] + [buffer for buffer in model.buffers() if id(buffer) not in fixed]
+        started = [tensor.detach().clone() for tensor in moving]      # a head that is trained too, a norm's running means: all go back
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             try:
                 self.warm_up(model, batches, loss_fn, lr)
@@ -57,9 +59,9 @@ class LoRADrop(LoRA):
             finally:
                 model.train(mode)
                 with torch.no_grad():
-                    for name, layer in layers.items():
-                        layer.A.copy_(started[name])
-                        layer.B.zero_()
+                    for tensor, start in zip(moving, started):
+                        tensor.copy_(start)
+                        tensor.grad = None
         share_pairs(layers, self.kept(g, layers))
 
     def warm_up(self, model: nn.Module, batches: Callable, loss_fn: Callable, lr: float) -> None:
@@ -72,7 +74,6 @@ class LoRADrop(LoRA):
             optimizer.zero_grad()
             loss_fn(model, x.to(device), y.to(device)).backward()
             optimizer.step()
-        optimizer.zero_grad()
 
     @torch.no_grad()
     def judge(self, model: nn.Module, batches: Callable, loss_fn: Callable) -> dict[str, float]:
@@ -80,13 +81,14 @@ class LoRADrop(LoRA):
         g = dict.fromkeys(dict(adapters(model)), 0.0)
         device = next(model.parameters()).device
 
-        def listen(name):
-            def hook(layer, inputs, output):
-                x = inputs[0].to(layer.A.dtype)
-                g[name] += (layer.scale * F.linear(F.linear(x, layer.A), layer.B)).double().square().sum().item()
+        def listen(name, layer):
+            def hook(base, inputs):
+                x = torch.cat(inputs[0].unbind()) if inputs[0].is_nested else inputs[0]          # a packed batch: without its padding
+                dW_x = layer.scale * F.linear(F.linear(x.to(layer.A.dtype), layer.A), layer.B)    # (..., out)
+                g[name] += dW_x.double().square().sum().item()
             return hook
 
-        hooks = [layer.register_forward_hook(listen(name)) for name, layer in adapters(model)]
+        hooks = [layer.base.register_forward_pre_hook(listen(name, layer)) for name, layer in adapters(model)]
         try:
             model.eval()
             for step in range(self.warmup_steps):

@@ -32,6 +32,8 @@ class VeRA(Method):
         checks.whole("rank", self.rank, 1)               # it may exceed min(in, out): B diag(d) A is no low-rank factorization
         checks.number("d_initial", self.d_initial)
         checks.whole("seed", self.seed, 0)
+        if self.seed >= 2**64:
+            raise ValueError(f"seed must be below 2**64, got {self.seed}")
         checks.share("dropout", self.dropout)
 
     def wrap(self, linears: dict[str, nn.Linear]) -> dict[str, "VeRALinear"]:
@@ -67,8 +69,8 @@ class VeRALinear(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         A, B = self.A[:, : self.in_features].to(x.dtype), self.B[: self.out_features].to(x.dtype)
         z = self.d.to(x.dtype) * F.linear(self.dropout(x), A)         # (..., in) -> (..., rank)
-        v = F.linear(z, B)                                            # (..., rank) -> (..., out)
-        return torch.addcmul(self.base(x), self.b.to(x.dtype), v)     # base(x) + b ⊙ v in one pass
+        v, y = F.linear(z, B), self.base(x)                           # (..., rank) -> (..., out)
+        return torch.addcmul(y, self.b.to(y.dtype), v)                # base(x) + b ⊙ v in one pass
 
     def delta_weight(self) -> Tensor:
         """(out, in): what merging adds to W, diag(b) B diag(d) A."""
