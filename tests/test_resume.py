@@ -85,8 +85,6 @@ def test_a_model_that_was_adapted_by_hand_gets_its_frozen_parts_from_the_checkpo
     expected = run(straight, method)
     with pytest.raises(KeyboardInterrupt):
         run(by_hand(1), method, stopping(7, 4 if name == "LoRA-drop" else 0), checkpoint=tmp_path / "c.pt")
-    if name == "LoRA-drop":                               # which layers it keeps depends on their start: that may differ, and is then said
-        share_pairs(dict(ml.adapters(again)), {layer for layer, made in ml.adapters(straight) if made.own})
     assert run(again, method, checkpoint=tmp_path / "c.pt") == expected and equal(again, straight)
 
 
@@ -98,7 +96,7 @@ def test_lora_drops_other_choice_is_refused_and_the_model_left_alone(tmp_path):
     other = ml.adapt(small(), method, ["q_proj", "down_proj"])
     share_pairs(dict(ml.adapters(other)), set())
     before = {key: tensor.clone() for key, tensor in other.state_dict().items()}
-    with pytest.raises(ValueError, match="c.pt: a checkpoint of a run that trained other tensors .*remove it to start over"):
+    with pytest.raises(ValueError, match="c.pt: a checkpoint of a run whose layers shared other tensors .*remove it to start over"):
         run(other, method, checkpoint=tmp_path / "c.pt")
     assert all(torch.equal(tensor, before[key]) for key, tensor in other.state_dict().items())
     assert (tmp_path / "c.pt").read_bytes() == written

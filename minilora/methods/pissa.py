@@ -21,7 +21,7 @@ from minilora.methods.lora import LoRA, LoRALinear
 
 @dataclass(frozen=True)
 class PiSSA(LoRA):
-    """LoRA's fields; alpha is the rank where none is given, as in the paper (s = 1)."""
+    """LoRA's fields; alpha is the rank where none is given, so that s = 1 as in the paper (with rslora, √rank)."""
 
     alpha: float | None = None
 
