@@ -180,3 +180,14 @@ def test_the_penalty_is_trained_on_but_not_reported():
         model, x, y = pair(method, torch.float32)
         histories.append(ml.finetune(model, method, lambda step: (x, y), 8, 0.02, loss_fn=lambda m, x, y: (m(x) - y).square().mean(), progress=False)["loss"])
     assert histories[0][0] == histories[1][0] and histories[0][-1] != histories[1][-1]
+
+
+def test_after_the_last_cut_the_pattern_is_left_alone_even_where_nothing_was_judged():
+    """An adapter that was loaded has its pattern, and no running means to choose another by."""
+    method = ml.AdaLoRA(6, 2, total_steps=8, final_steps=3)
+    model, *_ = pair(method)
+    masks = [torch.arange(6) >= 4 for _ in ml.adapters(model)]
+    for (_, layer), mask in zip(ml.adapters(model), masks):
+        layer.mask.copy_(mask)
+    method.after_step(model, 6)
+    assert all(torch.equal(layer.mask, mask) and not layer.lam[~mask].any() for (_, layer), mask in zip(ml.adapters(model), masks))
