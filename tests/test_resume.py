@@ -102,6 +102,19 @@ def test_lora_drops_other_choice_is_refused_and_the_model_left_alone(tmp_path):
     assert (tmp_path / "c.pt").read_bytes() == written
 
 
+def test_a_checkpoint_in_which_more_was_trained_is_refused(tmp_path):
+    """A norm was trained along by hand, and now it is not: the optimizer's state would go to the wrong tensors."""
+    models = [ml.adapt(small(), ml.LoRA(3), ["q_proj", "down_proj"]) for _ in range(2)]
+    norm = next(name for name, _ in models[0].named_parameters() if "norm" in name)
+    models[0].get_parameter(norm).requires_grad_(True)
+    with pytest.raises(KeyboardInterrupt):
+        run(models[0], ml.LoRA(3), stopping(4), checkpoint=tmp_path / "c.pt")
+    before = {key: tensor.clone() for key, tensor in models[1].state_dict().items()}
+    with pytest.raises(ValueError, match=f"trained other tensors .{norm}.; remove it to start over"):
+        run(models[1], ml.LoRA(3), checkpoint=tmp_path / "c.pt")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in models[1].state_dict().items())
+
+
 @pytest.mark.parametrize("one, other", [
     (ml.DeltaLoRA(3, start_step=6), ml.DeltaLoRA(3, start_step=5)), (ml.LoRAPlus(3), ml.LoRA(3)), (ml.LoRAFA(3), ml.LoRAFA(3, projection=True)),
     (ml.VeRA(10), ml.VeRA(10, seed=1)), (ml.AdaLoRA(4, 2), ml.AdaLoRA(4, 2, total_steps=11)), (ml.DoRA(3), ml.PiSSA(3)),
