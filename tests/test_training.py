@@ -333,7 +333,9 @@ def test_schedules(shape, factors):
     assert [Schedule(shape, 10, 3)(step) for step in range(6)] == pytest.approx(factors, abs=1e-5)
 
 
-def test_ctrl_c_waits_for_the_end_of_the_step():
+def test_ctrl_c_waits_for_the_end_of_the_step(request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)      # a shell's background job is started with Ctrl-C ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     reached = []
     with pytest.raises(KeyboardInterrupt):
         with uninterrupted():
