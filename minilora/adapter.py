@@ -5,7 +5,7 @@ gives the model back bit for bit. A method (minilora/methods/) says which adapte
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 class Adapter(nn.Module):
     """A frozen linear layer with something trainable beside it. A subclass adds parameters, forward and delta_weight."""
+
+    no_way_back: ClassVar[str] = ""        # why unload() cannot give the model back, where it cannot
 
     def __init__(self, base: nn.Linear, method: "Method"):
         super().__init__()
@@ -123,6 +125,9 @@ def adapt(model: nn.Module, method: Method, targets: list[str] | None = None) ->
     if method.trains_base:
         if targets is not None:
             raise ValueError(f"{type(method).__name__} trains every weight of the model: it takes no targets")
+        quantized = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "codes" in m._buffers]
+        if quantized:
+            raise ValueError(f"{quantized[0]} is in four bits, which cannot be trained; adapt it, or train the dense model")
         return model.requires_grad_(True)
     return install(model, method.wrap(find_targets(model, targets)))
 
@@ -132,7 +137,7 @@ def install(model: nn.Module, wrapped: dict[str, Adapter]) -> nn.Module:
     model.requires_grad_(False)
     for name, adapter in wrapped.items():
         adapter.train(adapter.base.training)
-        _put(model, name, adapter)
+        put(model, name, adapter)
     return model
 
 
@@ -163,9 +168,10 @@ def find_targets(model: nn.Module, targets: list[str] | None = None) -> dict[str
     for name, linear in chosen.items():
         if id(linear) in inside_attention:
             raise ValueError(f"{name} belongs to an nn.MultiheadAttention, which reads its weight directly and would bypass an adapter")
-        if not linear.weight.is_floating_point():
-            raise ValueError(f"{name}: its weight is stored as {linear.weight.dtype}, quantized by another library; adapt the model as it was before")
-        if not linear.weight.is_meta and not linear.weight.isfinite().all():
+        weight = linear.weight
+        if not weight.is_floating_point():
+            raise ValueError(f"{name}: its weight is stored as {weight.dtype}, quantized by another library; adapt the model as it was before")
+        if not weight.is_meta and not weight.isfinite().all():
             raise ValueError(f"{name}: its weight holds values that are not finite numbers; the base is broken")
     return chosen
 
@@ -182,17 +188,22 @@ def trainable_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
+def disabled(model: nn.Module) -> AbstractContextManager[nn.Module]:
     """The base speaks: inside the block every adapter is out of the model, afterwards it is back."""
-    out = dict(adapters(model))
+    return swapped(model, {name: adapter.base for name, adapter in adapters(model)})
+
+
+@contextmanager
+def swapped(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
+    """Inside the block these modules are in the model, afterwards those that were there."""
+    there = {name: model.get_submodule(name) for name in modules}
     try:
-        for name, adapter in out.items():
-            _put(model, name, adapter.base)
+        for name, module in modules.items():
+            put(model, name, module)
         yield model
     finally:
-        for name, adapter in out.items():
-            _put(model, name, adapter)
+        for name, module in there.items():
+            put(model, name, module)
 
 
 def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -203,14 +214,21 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """
     merged = {name: _merged(adapter, dtype) for name, adapter in _some_adapters(model, "merge").items()}
     for name, linear in merged.items():
-        _put(model, name, linear)
+        put(model, name, linear)
     return model
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Take the adapters out, in place: the base is back, same keys, same bits. It stays frozen; model.requires_grad_() undoes that."""
-    for name, adapter in _some_adapters(model, "unload").items():
-        _put(model, name, adapter.base)
+    """Take the adapters out, in place: the base is back, same keys, same bits. It stays frozen; model.requires_grad_() undoes that.
+
+    Raises ValueError, the model unchanged, where there are none, or a method has put a base of its own in W's place (LoftQ).
+    """
+    found = _some_adapters(model, "unload")
+    for name, adapter in found.items():
+        if adapter.no_way_back:
+            raise ValueError(f"{name}: {adapter.no_way_back}")
+    for name, adapter in found.items():
+        put(model, name, adapter.base)
     return model
 
 
@@ -233,7 +251,7 @@ def _some_adapters(model: nn.Module, verb: str) -> dict[str, Adapter]:
     return found
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -246,10 +264,11 @@ def _output_head(model: nn.Module, linears: dict[str, nn.Linear]) -> nn.Linear |
 
 def _refuse_tied(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
     owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        owners.setdefault(id(tensor), []).append(name)
     for name, linear in chosen.items():
-        shared = owners[id(linear.weight)]
+        weight = linear._parameters.get("weight", linear._buffers.get("codes"))        # of a 4-bit layer the codes
+        shared = owners.get(id(weight), [])
         if len(shared) > 1:
             raise ValueError(f"{name}: its weight is tied ({' = '.join(shared)}); an adapter on one would not move the other")
 

@@ -14,6 +14,11 @@ def number(name: str, value: object, must: str = "", holds=lambda value: True) -
         raise ValueError(f"{name} must be a finite number{must and ' ' + must}, got {value!r}")
 
 
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def share(name: str, value: object) -> None:
     """A probability that leaves something over: at least 0 and below 1."""
     number(name, value, "of at least 0 and below 1", lambda value: 0 <= value < 1)

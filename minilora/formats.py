@@ -1,6 +1,7 @@
 """Each method in PEFT's terms: which fields of adapter_config.json and which tensors say what it is. storage.py does the rest.
 
-    LoRA, LoRA+, LoRA-FA     lora_A.weight (rank, in), lora_B.weight (out, rank)
+    LoRA, LoRA+, LoRA-FA,
+    QLoRA, LoftQ, QPiSSA     lora_A.weight (rank, in), lora_B.weight (out, rank)
     LoRA-drop                the same, the shared pair written out for each layer that uses it
     DoRA                     the same, and lora_magnitude_vector (out)
     PiSSA                    LoRA of rank 2r on the original W:  A = [A; A₀],  B = [B, −B₀]
@@ -18,11 +19,13 @@ from minilora.adapter import Adapter, Method
 from minilora.methods.adalora import AdaLoRA
 from minilora.methods.delta_lora import DeltaLoRA
 from minilora.methods.dora import DoRA
+from minilora.methods.loftq import LoftQ, QPiSSA
 from minilora.methods.lora import LoRA
 from minilora.methods.lora_drop import LoRADrop, share_pairs
 from minilora.methods.lora_fa import LoRAFA
 from minilora.methods.lora_plus import LoRAPlus
 from minilora.methods.pissa import PiSSA
+from minilora.methods.qlora import QLoRA
 from minilora.methods.vera import VeRA
 
 Layers = dict[str, Adapter]
@@ -230,7 +233,8 @@ def whole_if_whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
-FORMATS = {LoRA: LoRAFormat(), LoRAPlus: LoRAFormat(), LoRAFA: LoRAFormat(), LoRADrop: LoRADropFormat(), DoRA: DoRAFormat(),
+FORMATS = {LoRA: LoRAFormat(), LoRAPlus: LoRAFormat(), LoRAFA: LoRAFormat(), LoRADrop: LoRADropFormat(), QLoRA: LoRAFormat(), LoftQ: LoRAFormat(),
+           QPiSSA: LoRAFormat(), DoRA: DoRAFormat(),
            PiSSA: PiSSAFormat(), DeltaLoRA: DeltaLoRAFormat(), AdaLoRA: AdaLoRAFormat(), VeRA: VeRAFormat()}
 METHODS = {kind.__name__: kind for kind in FORMATS}
 PEFT_TYPES = {"LORA": LoRAFormat(), "ADALORA": AdaLoRAFormat(), "VERA": VeRAFormat()}

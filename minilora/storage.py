@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minilora.adapter import Adapter, Method, adapters, disabled, find_targets, install
+from minilora.adapter import Adapter, Method, adapters, find_targets, install, swapped
 from minilora.gpt import TinyGPT
 from minilora.formats import FORMATS, METHODS, PEFT_TYPES, PEFTS_OWN, LoRAFormat
 
@@ -72,10 +72,6 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False, 
         form = FORMATS[type(method)]
         if about["layers"] != list(linears):
             raise _mixed_up(config_file, about, "target_modules", list(linears), about["layers"])
-        base = base_fingerprint(model)
-        if about["base"] != base and not any_base:
-            raise ValueError(f"{weights_file}: made for another base (fingerprint {about['base'][:12]}, this model's is "
-                             f"{base[:12]}); load the base it was trained on, or pass any_base=True")
     options = {"projection": config.get("save_projection", True)}
     with torch.random.fork_rng([]), torch.no_grad():     # the adapters' random starts are overwritten: spend no one's random numbers on them
         try:
@@ -85,6 +81,10 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False, 
             raise ValueError(f"{config_file}: {error}") from None
         except (KeyError, TypeError):
             raise ValueError(f"{weights_file}: its metadata lacks the state of {about['method']}; the file has been edited") from None
+        base = base_fingerprint(model, wrapped) if about else None
+        if about and about["base"] != base and not any_base:
+            raise ValueError(f"{weights_file}: made for another base (fingerprint {about['base'][:12]}, this model's is "
+                             f"{base[:12]}); load the base it was trained on, or pass any_base=True")
         for field, value in form.config(method, wrapped, **options).items() if about else ():
             if config.get(field) != value:
                 raise _mixed_up(config_file, about, field, config.get(field), value)
@@ -95,10 +95,10 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False, 
     return install(model, wrapped)
 
 
-def base_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the base's names, shapes and bits; the adapters on it do not count."""
+def base_fingerprint(model: nn.Module, wrapped: dict[str, Adapter] | None = None) -> str:
+    """SHA-256 of the base's names, shapes and bits; the adapters on it, or about to be put on it, do not count."""
     digest = hashlib.sha256()
-    with disabled(model):
+    with swapped(model, {name: adapter.base for name, adapter in (wrapped or dict(adapters(model))).items()}):
         for name, tensor in model.state_dict().items():
             if isinstance(tensor, Tensor):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

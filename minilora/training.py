@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora import checks
-from minilora.adapter import Method, adapt, adapters, find_targets, unload
+from minilora.adapter import Method, adapt, adapters, find_targets, put
 from minilora.storage import base_fingerprint, load_checkpoint, save_checkpoint
 
 with warnings.catch_warnings():    # in a notebook without ipywidgets tqdm falls back to text, and need not say so
@@ -263,6 +263,7 @@ def _saved_state(path: Path, identity: dict, batches: Callable) -> dict | None:
 def _adapted(model: nn.Module, method: Method, targets: list[str] | None) -> Iterator[None]:
     """Adapt the model, unless it is adapted already by an equal method. Where the block fails, the model is as it was."""
     there = [layer for _, layer in adapters(model)]
+    before = {} if there or method.trains_base else find_targets(model, targets)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     if not there or method.trains_base:
         adapt(model, method, targets)
@@ -273,8 +274,8 @@ def _adapted(model: nn.Module, method: Method, targets: list[str] | None) -> Ite
     try:
         yield
     except BaseException:
-        if not there and not method.trains_base:
-            unload(model)
+        for name, linear in before.items():
+            put(model, name, linear)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise

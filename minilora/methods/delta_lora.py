@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from minilora import checks
 from minilora.adapter import adapters, add_product
 from minilora.methods.lora import LoRA, LoRALinear
+from minilora.quant.linear import NF4Linear
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class DeltaLoRA(LoRA):
         return self
 
     def layer(self, linear: nn.Linear) -> "DeltaLoRALinear":
+        if isinstance(linear, NF4Linear):
+            raise ValueError("Delta-LoRA lets W follow B A, and a W in four bits cannot: its steps are too wide")
         return DeltaLoRALinear(linear, self)
 
     @torch.no_grad()

@@ -46,9 +46,10 @@ class DoRALinear(LoRALinear):
     def row_norms(self) -> Tensor:
         """(out): n, without forming W + s · B A."""
         A, s, gram = self.A, self.scale, self.A @ self.A.T                            # (rank, in), number, (rank, rank)
-        rows = self.out_features if self.weight.dtype == A.dtype else -(-self.out_features // 8)
+        weight = self.weight                                                          # once: a 4-bit base makes it anew at each look
+        rows = self.out_features if weight.dtype == A.dtype else -(-self.out_features // 8)
         norms = []
-        for W, B in zip(self.weight.split(rows), self.B.split(rows)):                 # all at once, unless W must be cast
+        for W, B in zip(weight.split(rows), self.B.split(rows)):                 # all at once, unless W must be cast
             W = W.to(A.dtype)
             w = torch.linalg.vector_norm(W, dim=1)                                    # (rows)
             n2 = w * w + 2 * s * (F.linear(A, W).T * B).sum(1) + s * s * (B @ gram * B).sum(1)

@@ -1,0 +1,54 @@
+"""What merging does to a small update: W + dW has to be rounded to what W's type can hold, and much of dW is smaller than its steps.
+
+    merged = round(W + dW)        unmoved = the share of weights for which round(W + dW) = W: for them dW is gone
+                                  error = ‖merged − (W + dW)‖ / ‖dW‖
+
+bfloat16 has 8 bits of significance: a weight moves only where |dW| is more than about 1/500 to 1/250 of |W|. In four bits it moves only
+where dW carries it over the middle to the next of sixteen levels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minilora.quant.nf4 import quantize_nf4
+
+FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "nf4": None}
+
+
+@dataclass(frozen=True)
+class Autopsy:
+    """unmoved: share of weights that merging leaves as they were, 0 to 1; error: ‖merged − (W + dW)‖ / ‖dW‖."""
+
+    unmoved: float
+    error: float
+
+    @property
+    def survives(self) -> float:
+        """The share of weights in which something of dW arrives."""
+        return 1 - self.unmoved
+
+
+@torch.no_grad()
+def merge_autopsy(W: Tensor, dW: Tensor, into: str = "bfloat16", block_size: int = 64) -> Autopsy:
+    """Merge dW into W stored as `into`: "float32", "float16", "bfloat16" or "nf4". W, dW: of one shape; weights whose dW is 0 do not count.
+
+    W is first put into that type, as a base of that type would be. To merge into the dense weight of a 4-bit base, give that weight.
+    Raises ValueError where the shapes differ, dW is all zeros, or `into` is no such type.
+    """
+    if into not in FORMATS:
+        raise ValueError(f"into must be one of {', '.join(FORMATS)}, got {into!r}")
+    if W.shape != dW.shape:
+        raise ValueError(f"W and dW must have one shape, got {tuple(W.shape)} and {tuple(dW.shape)}")
+    if not dW.any():
+        raise ValueError("dW is 0 everywhere: there is nothing to merge")
+
+    def stored(weight: Tensor) -> Tensor:
+        return quantize_nf4(weight.float(), block_size).dequantize() if into == "nf4" else weight.to(FORMATS[into])
+
+    base = stored(W).double()
+    target = base + dW.double()
+    merged = stored(target).double()
+    moves = dW != 0
+    return Autopsy((merged == base)[moves].double().mean().item(), ((merged - target).norm() / dW.double().norm()).item())
