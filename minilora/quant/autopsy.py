@@ -1,10 +1,11 @@
 """What merging does to a small update: W + dW has to be rounded to what W's type can hold, and much of dW is smaller than its steps.
 
-    merged = round(W + dW)        unmoved = the share of weights for which round(W + dW) = W: for them dW is gone
+    merged = round(W + dW)        unmoved = the share of weights for which the same number is stored as before: for them dW is gone
                                   error = ‖merged − (W + dW)‖ / ‖dW‖
 
 bfloat16 has 8 bits of significance: a weight moves only where |dW| is more than about 1/500 to 1/250 of |W|. In four bits it moves only
-where dW carries it over the middle to the next of sixteen levels.
+where dW carries it over the middle to the next of sixteen levels; its block's scale may move a little, which is no update but noise,
+so that the error can be above 1: worse than not merging.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minilora.quant.nf4 import quantize_nf4
+from minilora.quant.nf4 import quantize_nf4, unpack
 
 FORMATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "nf4": None}
 
@@ -44,11 +45,14 @@ def merge_autopsy(W: Tensor, dW: Tensor, into: str = "bfloat16", block_size: int
     if not dW.any():
         raise ValueError("dW is 0 everywhere: there is nothing to merge")
 
-    def stored(weight: Tensor) -> Tensor:
-        return quantize_nf4(weight.float(), block_size).dequantize() if into == "nf4" else weight.to(FORMATS[into])
+    def stored(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What is stored for each weight, and what it stands for."""
+        if into != "nf4":
+            return weight.to(FORMATS[into]), weight.to(FORMATS[into]).double()
+        Q = quantize_nf4(weight.float(), block_size)
+        return unpack(Q.codes, W.numel()).view(W.shape), Q.dequantize(torch.float64)
 
-    base = stored(W).double()
+    before, base = stored(W)
     target = base + dW.double()
-    merged = stored(target).double()
-    moves = dW != 0
-    return Autopsy((merged == base)[moves].double().mean().item(), ((merged - target).norm() / dW.double().norm()).item())
+    after, merged = stored(target)
+    return Autopsy((after == before)[dW != 0].double().mean().item(), ((merged - target).norm() / dW.double().norm()).item())

@@ -125,6 +125,11 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double: bool = False) -> NF4Te
     return NF4Tensor(codes, double_quantize(scales) if double else scales, w.shape, w.dtype, block_size)
 
 
+def unpack(codes: Tensor, n: int) -> Tensor:
+    """(⌈n / 2⌉) bytes -> (n) codes from 0 to 15."""
+    return torch.stack([codes >> 4, codes & 15], dim=1).flatten()[:n]
+
+
 def check_block_size(block_size: int) -> None:
     if block_size not in BLOCK_SIZES or isinstance(block_size, bool):
         raise ValueError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size!r}")
