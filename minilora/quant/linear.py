@@ -29,7 +29,7 @@ class Product(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         to_x, to_bias, _ = ctx.needs_input_grad
         return (grad @ ctx.layer.dequantize(grad.dtype) if to_x else None,            # (..., out) -> (..., in)
-                grad.flatten(0, -2).sum(0) if to_bias else None, None)
+                grad.reshape(-1, grad.shape[-1]).sum(0) if to_bias else None, None)
 
 
 class NF4Linear(nn.Linear):
