@@ -51,6 +51,7 @@ def finetune(
     *,
     targets: list[str] | None = None,
     loss_fn: Callable[[nn.Module, Tensor, Tensor], Tensor] = next_byte_loss,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     weight_decay: float = 0.0,
     warmup: int = 0,
     schedule: str = "constant",
@@ -62,7 +63,8 @@ def finetune(
 
     batches(step) -> (x, y): a pure function of the step.     lr: the peak rate; `warmup` steps up to it, then by `schedule`:
     "constant", or "linear" or "cosine" down to 0.            targets: as in adapt; a model that is adapted already (by an equal
-    method) keeps its own and is trained on.                  evaluate(model): a number worth following, taken before the first
+    method) keeps its own and is trained on.                  optimizer(groups, lr=lr): makes it; for pages
+    functools.partial(PagedAdamW, budget=...).                evaluate(model): a number worth following, taken before the first
     step, every `evaluate_every` steps and after the last.    checkpoint: a file; where it exists the run goes on from it and
     prints `resumed at step K`. It is written as often as costs little, when the run is interrupted, and at the end.
 
@@ -76,7 +78,7 @@ def finetune(
     if checkpoint is not None:
         layers = [name for name, _ in adapters(model)] or ([] if method.trains_base else list(find_targets(model, targets)))
         identity = {"method": repr(method), "steps": steps, "lr": lr, "seed": seed, "weight decay": weight_decay, "warmup": warmup,
-                    "schedule": schedule, "adapted layers": layers, "base": "" if method.trains_base else base_fingerprint(model)}
+                    "schedule": schedule, "optimizer": getattr(optimizer, "func", optimizer).__name__, "adapted layers": layers, "base": "" if method.trains_base else base_fingerprint(model)}
         saved = _saved_state(Path(checkpoint), identity, batches)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):     # the caller's random numbers stay what they were
         torch.manual_seed(seed)
@@ -85,7 +87,7 @@ def finetune(
                 _tie(model, saved["tied"], checkpoint)             # what prepare decided then
             else:
                 method.prepare(model, batches, loss_fn, lr)
-            optimizer = torch.optim.AdamW(method.parameter_groups(model, lr, weight_decay), lr=lr)
+            optimizer = optimizer(method.parameter_groups(model, lr, weight_decay), lr=lr)
             scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(schedule, steps, warmup))
             run = Run(model, optimizer, scheduler, checkpoint, identity)
             if saved:

@@ -36,12 +36,14 @@ def merge_autopsy(W: Tensor, dW: Tensor, into: str = "bfloat16", block_size: int
     """Merge dW into W stored as `into`: "float32", "float16", "bfloat16" or "nf4". W, dW: of one shape; weights whose dW is 0 do not count.
 
     W is first put into that type, as a base of that type would be. To merge into the dense weight of a 4-bit base, give that weight.
-    Raises ValueError where the shapes differ, dW is all zeros, or `into` is no such type.
+    Raises ValueError where the shapes differ, a number is not finite or too large for the type, dW is all zeros, or `into` is no such type.
     """
     if into not in FORMATS:
         raise ValueError(f"into must be one of {', '.join(FORMATS)}, got {into!r}")
     if W.shape != dW.shape:
         raise ValueError(f"W and dW must have one shape, got {tuple(W.shape)} and {tuple(dW.shape)}")
+    if not (W.isfinite().all() and dW.isfinite().all()):
+        raise ValueError("W or dW holds a value that is not finite")
     if not dW.any():
         raise ValueError("dW is 0 everywhere: there is nothing to merge")
 
@@ -55,4 +57,6 @@ def merge_autopsy(W: Tensor, dW: Tensor, into: str = "bfloat16", block_size: int
     before, base = stored(W)
     target = base + dW.double()
     after, merged = stored(target)
+    if not (base.isfinite().all() and merged.isfinite().all()):
+        raise ValueError(f"W overflows {into}")
     return Autopsy((after == before)[dW != 0].double().mean().item(), ((merged - target).norm() / dW.double().norm()).item())

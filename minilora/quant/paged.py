@@ -9,6 +9,7 @@ the one used last is wanted again last: where room is needed, that one goes. The
 
 import warnings
 from collections.abc import Iterable
+from copy import deepcopy
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 1e-2, *, budget: int, page: int = 2**20):
+        for name, value in (("the learning rate", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            checks.number(name, value, "of at least 0", lambda value: value >= 0)
+        for beta in betas:
+            checks.share("each of the betas", beta)
         checks.whole("page", page, 1)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         everything = [p for group in self.param_groups for p in group["params"]]
@@ -104,7 +109,7 @@ class PagedAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """m and v go to the host; none of them takes the way over the device."""
         averages = ("exp_avg", "exp_avg_sq")
-        small = {i: {key: value for key, value in state.items() if key not in averages} for i, state in state_dict["state"].items()}
+        small = {i: {key: deepcopy(value) for key, value in state.items() if key not in averages} for i, state in state_dict["state"].items()}
         super().load_state_dict(state_dict | {"state": small})
         self.pages.clear()
         self.resident = 0
