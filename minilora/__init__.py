@@ -14,7 +14,7 @@ from minilora.methods.dora import DoRA, DoRALinear
 from minilora.methods.pissa import PiSSA, PiSSALinear
 from minilora.quant.nf4 import NF4Tensor, quantize_nf4
 from minilora.quant.linear import NF4Linear, merge_nf4, quantize
-from minilora.quant.autopsy import Autopsy, merge_autopsy
+from minilora.quant.autopsy import Autopsy, merge_autopsy, survival
 from minilora.quant.paged import PagedAdamW
 from minilora.methods.qlora import QLoRA
 from minilora.methods.loftq import LoftQ, LoftQLinear, QPiSSA

@@ -120,3 +120,20 @@ def identity_map() -> Figure:
     axes.text(7.95, rows + 0.1, "grey: one condition dropped", color="#666666", fontsize=10.5, va="center", ha="right")
     axes.set_title("When is one method another?  Each line is proved in float64, and so is its failure", fontsize=13)
     return figure
+
+
+def merge_survival(ratios: list[float], shares: dict[tuple[str, str], list[float]]) -> Figure:
+    """How much of an update is left once it is merged. ratios: ‖dW‖ / ‖W‖; shares as `survival` returns them."""
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    axes = figure.subplots()
+    colors = {"float32": BLACK, "float16": BLUE, "bfloat16": ORANGE, "nf4": VERMILION}
+    for (base, into), share in shares.items():
+        label = f"{into}, {'dense base' if base == 'dense' else '4-bit base' if into != 'nf4' else '4-bit base, back into four bits'}"
+        axes.plot(ratios, [100 * value for value in share], color=colors[into], linewidth=2, linestyle="-" if base == "dense" else (0, (2, 2)), label=label)
+    axes.set(xscale="log", ylim=(-3, 103), xlabel="‖dW‖ / ‖W‖", ylabel="weights that still show the update, %",
+             title="Merging rounds: what is smaller than a step of the type is gone")
+    axes.annotate("where a 4-bit base\nis exactly 0, every\nupdate arrives", (ratios[1], 100 * shares["nf4", "bfloat16"][1]), xytext=(-8, 80),
+                  textcoords="offset points", fontsize=9, color="#666666", arrowprops={"arrowstyle": "-", "color": "#BBBBBB"})
+    axes.grid(alpha=0.25)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure

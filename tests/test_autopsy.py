@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import minilora as ml
+from minilora import plots
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -75,3 +76,24 @@ def test_neither_is_changed_and_a_real_adapter_goes_in():
 def test_bad_input_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ml.merge_autopsy(*arguments)
+
+
+def test_survival_over_dtype_base_and_length():
+    W, dW = pair(1.0)
+    shares = ml.survival(W, dW, [1e-5, 1e-3, 1.0])
+    assert {*shares} == {(base, into) for base in ("dense", "nf4") for into in ("float32", "float16", "bfloat16", "nf4")} - {("dense", "nf4")}
+    for into in FLOATS:
+        assert shares["dense", into][1] == pytest.approx(ml.merge_autopsy(W, 1e-3 * dW, into).survives, abs=1e-4)
+        assert shares["nf4", into][1] == pytest.approx(ml.merge_autopsy(ml.quantize_nf4(W).dequantize(), 1e-3 * dW, into).survives, abs=1e-4)
+    zeros = (ml.quantize_nf4(W).dequantize() == 0).double().mean().item()             # to 0 anything can be added
+    assert shares["nf4", "bfloat16"][0] == pytest.approx(zeros, abs=2e-3) and zeros == pytest.approx(0.088, abs=2e-3) and shares["dense", "bfloat16"][0] < 0.005
+    assert shares["nf4", "nf4"][0] < 1e-3 and shares["nf4", "nf4"][2] > 0.8
+    with pytest.raises(ValueError, match="nothing to merge"):
+        ml.survival(W, 0 * dW, [1e-3])
+
+
+def test_the_picture_shows_every_line():
+    W, dW = pair(1.0, (64, 64))
+    ratios = [1e-5, 1e-3, 1e-1]
+    axes = plots.merge_survival(ratios, ml.survival(W, dW, ratios)).axes[0]
+    assert len([line for line in axes.lines if len(line.get_xdata()) == 3]) == len(axes.get_legend().texts) == 7

@@ -8,6 +8,7 @@ where dW carries it over the middle to the next of sixteen levels; its block's s
 so that the error can be above 1: worse than not merging.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -60,3 +61,17 @@ def merge_autopsy(W: Tensor, dW: Tensor, into: str = "bfloat16", block_size: int
     if not (base.isfinite().all() and merged.isfinite().all()):
         raise ValueError(f"W overflows {into}")
     return Autopsy((after == before)[dW != 0].double().mean().item(), ((merged - target).norm() / dW.double().norm()).item())
+
+
+def survival(W: Tensor, dW: Tensor, ratios: Iterable[float], block_size: int = 64) -> dict[tuple[str, str], list[float]]:
+    """What survives, for dW made so long that ‖dW‖ / ‖W‖ is each of `ratios`: (base, into) -> one share for each ratio.
+
+    base: "dense", W as it is, or "nf4", the dense weight that W in four bits stands for; into: as in merge_autopsy. Raises as it does.
+    """
+    if not dW.any():
+        raise ValueError("dW is 0 everywhere: there is nothing to merge")
+    bases = {"dense": W, "nf4": quantize_nf4(W.float(), block_size).dequantize()}
+    unit = dW.double() * (W.double().norm() / dW.double().norm())                         # as long as W
+    ratios = list(ratios)
+    return {(base, into): [merge_autopsy(weight, ratio * unit, into, block_size).survives for ratio in ratios]
+            for base, weight in bases.items() for into in FORMATS if (base, into) != ("dense", "nf4")}

@@ -26,7 +26,7 @@ PAIRS = torch.stack([LEVELS.repeat_interleave(16), LEVELS.repeat(16)], dim=1)   
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SMALLEST = 1e-38        # a smaller scale is taken as this one, so that 1 / scale is a number
-CHUNK = 2**18           # so many weights at a time: a copy of all of them never exists
+CHUNK = 2**17           # so many weights at a time: a copy of all of them never exists
 
 
 def derived_levels(offset: float = 1 - (1 / 30 + 1 / 32) / 2) -> Tensor:
