@@ -26,7 +26,7 @@ from minilora.methods import METHODS
 CHECKPOINT, MODEL, HISTORY, PICTURE = "checkpoint.pt", "model.safetensors", "history.json", "loss.png"
 WRITTEN = (CHECKPOINT, MODEL, HISTORY, PICTURE, storage.CONFIG, storage.WEIGHTS)
 RATES = {"full": 1e-3, "lora": 1e-2, "lora-plus": 5e-3, "lora-fa": 3e-2, "vera": 1e-1, "delta-lora": 1e-2, "lora-drop": 1e-2, "adalora": 3e-2,
-         "rslora": 1e-2, "dora": 3e-2, "pissa": 1e-2, "qlora": 1e-2, "loftq": 1e-2, "qpissa": 1e-2}     # --lr where none is given: from a sweep of three each on two tasks
+         "rslora": 1e-2, "dora": 3e-2, "pissa": 1e-2, "qlora": 1e-2, "loftq": 3e-2, "qpissa": 3e-2}     # --lr where none is given: from a sweep of three each on two tasks
 
 
 class Parser(argparse.ArgumentParser):

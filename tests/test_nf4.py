@@ -185,7 +185,7 @@ def test_parts_that_do_not_fit_together_are_refused():
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak is read from Linux")
-@pytest.mark.parametrize("size", [1024, 4096])
+@pytest.mark.parametrize("size", [2048, 4096])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_quantizing_needs_less_than_the_tensor_again(size, dtype):
     """In a process of its own: the most memory it ever held, beyond what the dense tensor takes. Peak ≤ 2 × dense means ≤ 1 here."""
