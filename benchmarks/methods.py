@@ -11,13 +11,13 @@ import argparse
 import copy
 import statistics
 import time
-import weakref
 
 import peft
 import torch
 from torch import nn
 
 import minilora as ml
+from minilora.measure import bytes_alive
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 METHODS = {
@@ -75,31 +75,6 @@ def seconds(model: nn.Module, method: ml.Method, optimizer: torch.optim.Optimize
     return time.perf_counter() - began
 
 
-class Kept:
-    """What autograd holds instead of the tensor; it dies when the graph lets go."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor = tensor
-
-
-def bytes_alive(model: nn.Module, ids: torch.Tensor) -> int:
-    """Bytes that autograd still holds after the forward pass: each storage once, nothing that was freed at once, and
-    neither parameters nor buffers, which are there anyway."""
-    seen = []
-
-    def pack(tensor: torch.Tensor) -> Kept:
-        kept = Kept(tensor)
-        seen.append(weakref.ref(kept))
-        return kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        value = ml.next_byte_loss(model, ids[:, :-1], ids[:, 1:])
-    there = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes() for kept in (ref() for ref in seen) if kept is not None}
-    del value
-    return sum(size for pointer, size in storages.items() if pointer not in there)
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--methods", default=",".join(name for name in METHODS if "," not in name))
@@ -113,7 +88,7 @@ def main() -> None:
         optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3) for model in models]
         for rows in (2, 8):
             ids = torch.randint(256, (rows, 129), generator=torch.Generator().manual_seed(0))
-            alive = [bytes_alive(model, ids) for model in models]
+            alive = [bytes_alive(model, lambda: ml.next_byte_loss(model, ids[:, :-1], ids[:, 1:])) for model in models]
             ratios = []
             for turn in range(1, given.rounds + 4):
                 order = (0, 1) if turn % 2 else (1, 0)            # who goes first alternates

@@ -21,12 +21,10 @@ import torch
 
 import minilora as ml
 from minilora import data, plots, storage
-from minilora.methods import METHODS
+from minilora.methods import METHODS, RATES, make_method
 
 CHECKPOINT, MODEL, HISTORY, PICTURE = "checkpoint.pt", "model.safetensors", "history.json", "loss.png"
 WRITTEN = (CHECKPOINT, MODEL, HISTORY, PICTURE, storage.CONFIG, storage.WEIGHTS)
-RATES = {"full": 1e-3, "lora": 1e-2, "lora-plus": 5e-3, "lora-fa": 3e-2, "vera": 1e-1, "delta-lora": 1e-2, "lora-drop": 1e-2, "adalora": 3e-2,
-         "rslora": 1e-2, "dora": 3e-2, "pissa": 1e-2, "qlora": 1e-2, "loftq": 3e-2, "qpissa": 3e-2}     # --lr where none is given: from a sweep of three each on two tasks
 
 
 class Parser(argparse.ArgumentParser):
@@ -182,21 +180,6 @@ def method_name(text: str) -> str:
         if plain(name) == plain(text):
             return name
     raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {', '.join(METHODS)})")
-
-
-def make_method(name: str, rank: int | None, alpha: float | None, steps: int) -> ml.Method:
-    """The method of that name for a run of so many steps; what was not given is the method's own default."""
-    fields = {} if name == "full" else {"rank": rank or (64 if name == "vera" else 8)}
-    if name == "adalora":                    # the paper's proportions: half as much again at the start; on MNLI a tenth of the steps
-        target = fields.pop("rank")          # before the first cut and more than half of them after the last
-        fields |= {"initial_rank": round(1.5 * target), "target_rank": target, "warmup_steps": steps // 10, "final_steps": steps // 2}
-    if name == "lora-drop":
-        fields["warmup_steps"] = min(20, max(1, steps // 10))
-    if alpha is not None:
-        if name in ("full", "vera"):
-            raise ValueError(f"{name} has no alpha")
-        fields["alpha"] = alpha
-    return METHODS[name](**fields).scheduled(steps)
 
 
 def load(args: argparse.Namespace) -> ml.TinyGPT:

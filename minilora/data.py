@@ -14,7 +14,7 @@ import math
 import re
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from random import Random
@@ -148,6 +148,7 @@ class Task:
     window(rng, size): a training window of `size` bytes         prompt: what to show a sample of
     held_out(size): (N, size) int64, never trained on            questions: (prompt, exact answer), never trained on
     floor(windows): the least expected loss, nats per byte, where it is known
+    choosing(): the same task with a held-out part of its own, to choose a learning rate on; it has nothing of this one's
     """
 
     name: str
@@ -156,6 +157,7 @@ class Task:
     prompt: str
     questions: tuple[tuple[str, str], ...] = ()
     floor: Callable[[Tensor], float] | None = None
+    choosing: Callable[[], "Task"] | None = None
 
     def batches(self, rows: int = 16, context: int = 128, seed: int = 0) -> Callable[[int], tuple[Tensor, Tensor]]:
         """batch(step) -> (x, y), each (rows, context) int64: a pure function of the step, so a resumed run sees what it would have seen."""
@@ -176,11 +178,28 @@ def world(voice: Callable[[str], str] = plainly, name: str = "world") -> Task:
         return _window(lambda: grammar.document(rng), size)
 
     @lru_cache(maxsize=None)
-    def held_out(size: int) -> Tensor:
-        rng = Random("held out")
-        return torch.tensor([list(_window(lambda: grammar.document(rng, held_out=True), size)) for _ in range(128)])
+    def drawn(size: int) -> tuple[Tensor, set[str]]:
+        rng, documents = Random("held out"), []
 
-    return Task(name, train_window, held_out, prompt=voice("\nClara found a "), floor=grammar.floor)
+        def document() -> str:
+            documents.append(grammar.document(rng, held_out=True))
+            return documents[-1]
+
+        return torch.tensor([list(_window(document, size)) for _ in range(128)]), {*documents}
+
+    @lru_cache(maxsize=None)
+    def others(size: int) -> Tensor:
+        rng, taken = Random("choosing"), drawn(size)[1]
+
+        def document() -> str:
+            while (text := grammar.document(rng, held_out=True)) in taken:
+                pass
+            return text
+
+        return torch.tensor([list(_window(document, size)) for _ in range(64)])
+
+    task = Task(name, train_window, lambda size: drawn(size)[0], prompt=voice("\nClara found a "), floor=grammar.floor)
+    return replace(task, choosing=lambda: replace(task, held_out=others))
 
 
 def voice() -> Task:
@@ -204,7 +223,7 @@ def facts(count: int = 64, seed: int = 0) -> Task:
             asked.append(question)
         else:
             told.append("".join(question))
-    return _listed("facts", told, asked)
+    return replace(_listed("facts", told, asked), choosing=lambda: facts(count, seed + 1))
 
 
 def sums() -> Task:
@@ -212,12 +231,10 @@ def sums() -> Task:
     told, asked = [], []
     for a in range(100):
         for b in range(100):
-            question = (f"{a}+{b}=", f"{a + b}\n")
-            if is_held_out(f"{min(a, b)}+{max(a, b)}"):
-                asked.append(question)
-            else:
-                told.append("".join(question))
-    return _listed("sums", told, asked)
+            (asked if is_held_out(f"{min(a, b)}+{max(a, b)}") else told).append((f"{a}+{b}=", f"{a + b}\n"))
+    for_choices = [is_held_out(f"choosing {''.join(sorted(question[:-1].split('+')))}") for question, _ in told]
+    return replace(_listed("sums", ["".join(pair) for pair in told], asked), choosing=lambda: _listed(
+        "sums", ["".join(pair) for pair, held in zip(told, for_choices) if not held], [pair for pair, held in zip(told, for_choices) if held]))
 
 
 def text(path: str | Path) -> Task:
@@ -261,7 +278,7 @@ def split_text(content: bytes, name: str) -> Task:
         starts = [i * fit // count * size for i in range(count)]
         return torch.tensor([list(rest[start:start + size]) for start in starts])
 
-    return Task(name, train_window, held_out, prompt=rest[:48].decode(errors="ignore"))
+    return Task(name, train_window, held_out, prompt=rest[:48].decode(errors="ignore"), choosing=lambda: split_text(train, name))
 
 
 def overlap(task: Task, content: bytes, size: int = 32) -> float:

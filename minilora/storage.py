@@ -41,17 +41,25 @@ def save_adapter(model: nn.Module, folder: str | Path, projection: bool = True) 
     layers = dict(adapters(model))
     if not layers:
         raise ValueError("nothing to save: this model has no adapters (after full fine-tuning save the whole model)")
-    method = next(iter(layers.values())).method
-    form, options = FORMATS[type(method)], {"projection": projection}
+    form, options = FORMATS[type(next(iter(layers.values())).method)], {"projection": projection}
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in _tensors(form, layers, options).items()}
-    about = {"method": type(method).__name__, "fields": dataclasses.asdict(method), "layers": list(layers),
-             "base": base_fingerprint(model), "state": form.state(layers)}
-    config = _shell(form) | {"target_modules": list(layers)} | form.config(method, layers, **options)
+    config, about = described(model, projection)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / WEIGHTS, _packed(tensors, {"format": "pt", "minilora": json.dumps(about)}))
-    write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_atomically(folder / WEIGHTS, _packed(tensors, {"format": "pt", "minilora": about}))
+    write_atomically(folder / CONFIG, config)
     return folder
+
+
+def described(model: nn.Module, projection: bool = True) -> tuple[bytes, str]:
+    """What save_adapter writes beside the tensors: the configuration file, and the weights file's metadata."""
+    layers = dict(adapters(model))
+    method = next(iter(layers.values())).method
+    form = FORMATS[type(method)]
+    about = {"method": type(method).__name__, "fields": dataclasses.asdict(method), "layers": list(layers),
+             "base": base_fingerprint(model), "state": form.state(layers)}
+    config = _shell(form) | {"target_modules": list(layers)} | form.config(method, layers, projection=projection)
+    return (json.dumps(config, indent=2) + "\n").encode(), json.dumps(about)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False, any_base: bool = False) -> nn.Module:

@@ -1,0 +1,404 @@
+"""What an adapted model costs: measured, and beside each measured figure the closed formula that predicts it.
+
+    n tokens go through a layer  in -> out;  x takes e bytes a number, an adapter's own numbers f bytes (4, or 8 beside float64)
+
+                   trained            bytes alive for backward            FLOPs forward             backward
+    full           out·in + out       n·in·e                              2n·in·out                 4n·in·out
+    LoRA           r(in + out)        n(in + r)e                          2n·in·out + 2nr(in+out)   2n·in·out + 4nr(in+out)
+    the others     see the class of each below: what it adds to this or takes away
+
+A frozen layer keeps nothing for backward, which is why the adapter's own input is most of what LoRA keeps. Dropout keeps x once more.
+Where x has 16 bits and the adapter 32, the adapter's matrices are kept a second time, rounded.
+
+Bytes alive are those that autograd still holds when the forward pass is over: each storage once, what was freed at once not counted,
+parameters and buffers not counted, for they are there anyway.
+"""
+
+import json
+import tempfile
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from minilora import storage
+from minilora.adapter import Adapter, Method, adapters
+from minilora.methods.adalora import AdaLoRA
+from minilora.methods.delta_lora import DeltaLoRA
+from minilora.methods.dora import DoRA
+from minilora.methods.full import FullFineTuning
+from minilora.methods.loftq import LoftQ, QPiSSA
+from minilora.methods.lora import LoRA
+from minilora.methods.lora_drop import LoRADrop
+from minilora.methods.lora_fa import LoRAFA
+from minilora.methods.lora_plus import LoRAPlus
+from minilora.methods.pissa import PiSSA
+from minilora.methods.qlora import QLoRA
+from minilora.methods.vera import VeRA
+from minilora.quant.linear import NF4Linear
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+# The formulas. One class a method, one method a question; o = out, i = in, n = tokens, e and f = bytes as above.
+
+class LoRACost:
+    """LoRA's formulas, which those of the others are written as differences from."""
+
+    keeps_x = True                                              # the gradient of A needs it
+
+    def trained(self, m, o: int, i: int) -> Shapes:
+        """What gets a gradient, by its name in the layer."""
+        return {"A": (m.rank, i), "B": (o, m.rank)}
+
+    def frozen(self, m, o: int, i: int, f: int) -> int:
+        """Bytes that the layer keeps beside what is trained and the base."""
+        return 0
+
+    def frozen_parameters(self, m, o: int, i: int) -> int:
+        """Of these, frozen parameters; the rest is buffers."""
+        return 0
+
+    def shared(self, m, o: int, i: int) -> int:
+        """Numbers that all layers keep together; o, i: the tallest and the widest."""
+        return 0
+
+    def saved(self, m, o: int, i: int) -> Shapes:
+        """What is written to disk, by PEFT's names."""
+        return {"lora_A.weight": (m.rank, i), "lora_B.weight": (o, m.rank)}
+
+    def alive(self, m, o: int, i: int, n: int, e: int, f: int) -> int:
+        dropped = getattr(m, "dropout", 0) > 0
+        x = n * i * e * (self.keeps_x + dropped)                # its input; with dropout the mask too, as large as x
+        return x + n * m.rank * e + self.extra(m, o, i, n, e, f) + (self.rounded(m, o, i) * e if e != f else 0)
+
+    def extra(self, m, o: int, i: int, n: int, e: int, f: int) -> int:
+        """Bytes alive that LoRA does not have."""
+        return 0
+
+    def rounded(self, m, o: int, i: int) -> int:
+        """Numbers of the adapter that are kept a second time where x has another type."""
+        return m.rank * (i + o)
+
+    def flops(self, m, o: int, i: int, n: int) -> tuple[int, int]:
+        """Of one layer with its base, forward and backward (to x and to what is trained)."""
+        low = 2 * n * m.rank * (i + o)
+        return 2 * n * i * o + low, 2 * n * i * o + 2 * low
+
+
+class LoRAFACost(LoRACost):
+    keeps_x = False                                             # A is frozen
+
+    def trained(self, m, o, i):
+        return {"B": (o, m.rank)}
+
+    def frozen(self, m, o, i, f):
+        return f * m.rank * i
+
+    def frozen_parameters(self, m, o, i):
+        return m.rank * i
+
+    def flops(self, m, o, i, n):
+        forward, backward = super().flops(m, o, i, n)
+        return forward, backward - 2 * n * m.rank * i           # no gradient of A
+
+
+class LoRADropCost(LoRACost):
+    def frozen(self, m, o, i, f):
+        return 2                                                # "decided" and "own"
+
+
+class VeRACost(LoRACost):
+    keeps_x = False
+
+    def trained(self, m, o, i):
+        return {"d": (m.rank,), "b": (o,)}
+
+    def shared(self, m, o, i):
+        return m.rank * (i + o)
+
+    def saved(self, m, o, i):
+        return {"vera_lambda_b": (o,), "vera_lambda_d": (m.rank,)}
+
+    def extra(self, m, o, i, n, e, f):
+        return n * o * e                                        # what b multiplies
+
+    def rounded(self, m, o, i):
+        return m.rank * (i + o) + m.rank + o
+
+    def flops(self, m, o, i, n):
+        low = 2 * n * m.rank * (i + o)
+        return 2 * n * i * o + low, 2 * n * i * o + low         # nothing for A and B
+
+
+class DeltaLoRACost(LoRACost):
+    """From start_step on, when W moves."""
+
+    def frozen(self, m, o, i, f):
+        return f * m.rank * (i + o) + 1                         # the snapshot, and whether it was taken
+
+    def saved(self, m, o, i):
+        return {"lora_A.weight": (2 * m.rank, i), "lora_B.weight": (o, 2 * m.rank), "minilora_B_K": (o, m.rank)}
+
+    def extra(self, m, o, i, n, e, f):
+        return 2 * m.rank * (i + o) * e                         # [A; A_K] and [B, -B_K]
+
+    def flops(self, m, o, i, n):
+        return tuple(flops + 4 * n * m.rank * (i + o) for flops in super().flops(m, o, i, n))
+
+
+class AdaLoRACost(LoRACost):
+    def trained(self, m, o, i):
+        return {"P": (o, m.initial_rank), "lam": (m.initial_rank,), "Q": (m.initial_rank, i)}
+
+    def frozen(self, m, o, i, f):
+        return f * 2 * m.initial_rank * (i + o + 1) + m.initial_rank      # two running means of each, and the mask
+
+    def saved(self, m, o, i, kept: int | None = None):
+        kept = m.target_rank if kept is None else kept
+        return {"lora_A": (kept, i), "lora_E": (kept, 1), "lora_B": (o, kept)}
+
+    def alive(self, m, o, i, n, e, f):
+        r = m.initial_rank
+        x = n * i * e * (1 + (m.dropout > 0))
+        return x + n * r * e + r * i * e + (o * r * e if e != f else 0)    # Λ Q, and P rounded
+
+    def flops(self, m, o, i, n):
+        low = 2 * n * m.initial_rank * (i + o)
+        return 2 * n * i * o + low, 2 * n * i * o + 2 * low
+
+
+class DoRACost(LoRACost):
+    def trained(self, m, o, i):
+        return super().trained(m, o, i) | {"magnitude": (o,)}
+
+    def saved(self, m, o, i):
+        return super().saved(m, o, i) | {"lora_magnitude_vector": (o,)}
+
+    def extra(self, m, o, i, n, e, f):
+        return n * o * e + o * f + o * e                        # what m multiplies, the norms, and m / n
+
+    def flops(self, m, o, i, n):
+        forward, backward = super().flops(m, o, i, n)
+        return forward + 2 * m.rank * (m.rank * i + i * o + o * m.rank), backward      # the norms, from the factors
+
+
+class PiSSACost(LoRACost):
+    def frozen(self, m, o, i, f):
+        return f * m.rank * (i + o)                             # A_0 and B_0
+
+    def saved(self, m, o, i):
+        return {"lora_A.weight": (2 * m.rank, i), "lora_B.weight": (o, 2 * m.rank)}
+
+    def alive(self, m, o, i, n, e, f):
+        return n * f * (i * (1 + (m.dropout > 0)) + m.rank)     # in the adapter's type throughout
+
+    def flops(self, m, o, i, n):
+        low = 2 * n * m.rank * (i + o)
+        return 2 * n * i * o + 2 * low, 2 * n * i * o + 3 * low
+
+
+class FullCost(LoRACost):
+    def trained(self, m, o, i):
+        return {"weight": (o, i)}                               # and the bias, which `parameters` adds
+
+    def saved(self, m, o, i):
+        return {"weight": (o, i)}
+
+    def alive(self, m, o, i, n, e, f):
+        return n * i * e
+
+    def flops(self, m, o, i, n):
+        return 2 * n * i * o, 4 * n * i * o
+
+
+COSTS: dict[type[Method], LoRACost] = {
+    FullFineTuning: FullCost(), LoRA: LoRACost(), LoRAPlus: LoRACost(), QLoRA: LoRACost(), LoftQ: LoRACost(), QPiSSA: LoRACost(), LoRAFA: LoRAFACost(),
+    LoRADrop: LoRADropCost(), VeRA: VeRACost(), DeltaLoRA: DeltaLoRACost(), AdaLoRA: AdaLoRACost(), DoRA: DoRACost(), PiSSA: PiSSACost(),
+}
+
+
+def trained_by(method: Method, o: int, i: int) -> int:
+    """Trainable parameters of one layer in -> out."""
+    return sum(prod(shape) for shape in COSTS[type(method)].trained(method, o, i).values())
+
+
+def nf4_bytes(o: int, i: int, block_size: int = 64, double: bool = True) -> int:
+    """A weight (out, in) in four bits, scales and all."""
+    blocks = -(-o * i // block_size)
+    return -(-o * i // 2) + (blocks + 4 * -(-blocks // 256) + 4 if double else 4 * blocks)
+
+
+# The measurements.
+
+class _Kept:
+    """What autograd holds instead of the tensor; it dies when the graph lets go."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor.detach()        # an output that its own graph holds would hold the graph, and never die
+
+
+def bytes_alive(module: nn.Module, run: Callable[[], object]) -> int:
+    """Bytes that autograd holds after `run`, a forward pass of `module`, for its backward."""
+    seen = []
+
+    def pack(tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor)
+        seen.append(weakref.ref(kept))
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        result = run()
+    there = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
+    found = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes() for kept in (ref() for ref in seen) if kept is not None}
+    del result                                                  # the graph lived as long as this
+    return sum(size for pointer, size in found.items() if pointer not in there)
+
+
+def flops(run: Callable[[], Tensor]) -> tuple[int, int]:
+    """Forward and backward, by torch's counter. run() gives a tensor that backward can start from."""
+    with FlopCounterMode(display=False) as forward:
+        result = run()
+    with FlopCounterMode(display=False) as backward:
+        result.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def disk_bytes(model: nn.Module) -> int:
+    """What is written of it: the adapter's folder, or after full fine-tuning the whole model."""
+    with tempfile.TemporaryDirectory() as folder:
+        if any(True for _ in adapters(model)):
+            storage.save_adapter(model, folder)
+        else:
+            storage.save_model(model, Path(folder) / "model.safetensors")
+        return sum(file.stat().st_size for file in Path(folder).iterdir())
+
+
+def predicted_disk_bytes(model: nn.Module) -> int:
+    """The same from the formulas: a header that names every tensor, 4 bytes a number, and the configuration."""
+    layers = dict(adapters(model))
+    method = next(iter(layers.values())).method
+    cost, shapes = COSTS[type(method)], {}
+    for name, layer in layers.items():
+        o, i = layer.out_features, layer.in_features
+        if isinstance(method, AdaLoRA):
+            saved = cost.saved(method, o, i, int(layer.kept.sum()))
+        elif isinstance(method, DeltaLoRA) and not layer.started:
+            saved = LoRACost().saved(method, o, i)
+        else:
+            saved = cost.saved(method, o, i)
+        shapes |= {f"{storage.PREFIX}{name}.{end}": shape for end, shape in saved.items()}
+    if isinstance(method, VeRA):
+        o, i = (max(getattr(layer, side) for layer in layers.values()) for side in ("out_features", "in_features"))
+        shapes |= {"base_model.vera_A": (method.rank, i), "base_model.vera_B": (o, method.rank)}
+    config, about = storage.described(model)
+    f, kind = (8, "F64") if next(iter(layers.values())).weight.dtype == torch.float64 else (4, "F32")
+    header, place = {"__metadata__": {"format": "pt", "minilora": about}}, 0
+    for name, shape in sorted(shapes.items()):
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [place, place := place + f * prod(shape)]}
+    size = len(json.dumps(header, sort_keys=True).encode())
+    return 8 + size + -size % 8 + place + len(config)
+
+
+# The ledger.
+
+@dataclass(frozen=True)
+class Line:
+    """Bytes, but for parameters and FLOPs. One module's, or the sum of all."""
+
+    name: str
+    trainable: int = 0                          # parameters
+    frozen: int = 0                             # parameters, of a 4-bit weight those it stands for
+    trained_bytes: int = 0
+    frozen_bytes: int = 0                       # weights and buffers as stored
+    gradient_bytes: int = 0
+    optimizer_bytes: int = 0                    # AdamW's two means and step
+    alive_bytes: int = 0                        # for backward
+    forward_flops: int = 0
+    backward_flops: int = 0
+
+
+def optimizer_bytes(parameters: list[Tensor]) -> int:
+    """What AdamW comes to keep: made, stepped once on zeros, and counted."""
+    if not parameters:
+        return 0
+    copies = [nn.Parameter(torch.zeros_like(p, device="cpu")) for p in parameters]
+    for copy in copies:
+        copy.grad = torch.zeros_like(copy)
+    optimizer = torch.optim.AdamW(copies, lr=0.0)
+    optimizer.step()
+    return sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
+
+
+def ledger(model: nn.Module, tokens: int = 1024) -> list[Line]:
+    """One line for each adapted layer, measured with `tokens` rows that need a gradient; one for all the rest; and the sum.
+
+    What layers share is counted where it comes first. The rest of the model has no bytes alive and no FLOPs here: they depend on the
+    batch and not on the method. Without adapters, the lines are those of the linear layers that are trained.
+    """
+    lines, counted, training = [], set(), model.training
+    model.train()
+    for name, layer in _layers(model).items():
+        with torch.random.fork_rng([]):
+            x = torch.randn(tokens, layer.in_features, dtype=_type(layer), device=next(layer.parameters()).device, requires_grad=True)
+            alive = bytes_alive(layer, lambda: layer(x))
+            forward, backward = flops(lambda: layer(x))
+        layer.zero_grad()
+        lines.append(_weighed(name, layer, counted, alive_bytes=alive, forward_flops=forward, backward_flops=backward))
+    model.train(training)
+    return _with_sum([*lines, _weighed("the rest", model, counted)])
+
+
+def predicted(model: nn.Module, tokens: int = 1024) -> list[Line]:
+    """The same lines from the formulas; only the rest of the model is counted."""
+    layers, lines, counted = _layers(model), [], set()
+    for name, layer in layers.items():
+        o, i, e = layer.out_features, layer.in_features, _type(layer).itemsize
+        f, adapted = max(e, 4), isinstance(layer, Adapter)
+        method = layer.method if adapted else FullFineTuning()
+        base, cost = layer.base if adapted else layer, COSTS[type(method)]
+        shapes = [] if isinstance(method, LoRADrop) and id(layer.A) in counted else [*cost.trained(method, o, i).values()]
+        shapes += [] if adapted or base.bias is None else [(o,)]
+        counted |= {id(t) for t in (*layer.parameters(), *layer.buffers())}
+        numbers, f = sum(map(prod, shapes)), f if adapted else e
+        in_base = (o * i + (o if base.bias is not None else 0)) * adapted
+        if isinstance(base, NF4Linear):
+            stored = nf4_bytes(o, i, base.block_size, "scales" not in base.parts) + (base.bias.nbytes if base.bias is not None else 0)
+        else:
+            stored = in_base * e
+        shared = 0
+        if isinstance(method, VeRA) and not lines:
+            shared = cost.shared(method, max(layer.out_features for layer in layers.values()), max(layer.in_features for layer in layers.values()))
+        forward, backward = cost.flops(method, o, i, tokens)
+        lines.append(Line(name, numbers, in_base + cost.frozen_parameters(method, o, i) + shared, numbers * f, stored + cost.frozen(method, o, i, f) + shared * f, numbers * f,
+                          sum(2 * prod(shape) * f + 4 for shape in shapes), cost.alive(method, o, i, tokens, e, f), forward, backward))
+    return _with_sum([*lines, _weighed("the rest", model, counted)])
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    return dict(adapters(model)) or {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.weight.requires_grad}
+
+
+def _type(layer: nn.Module) -> torch.dtype:
+    base = layer.base if isinstance(layer, Adapter) else layer
+    return base.compute_dtype if isinstance(base, NF4Linear) else base.weight.dtype
+
+
+def _weighed(name: str, module: nn.Module, counted: set[int], **figures: int) -> Line:
+    """What of `module` was not counted before; from now on it is."""
+    parameters, buffers = ([t for t in tensors if id(t) not in counted] for tensors in (module.parameters(), module.buffers()))
+    four_bits = sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, NF4Linear) and id(m.codes) not in counted)
+    counted |= {id(t) for t in (*parameters, *buffers)}
+    trained, frozen = ([p for p in parameters if p.requires_grad is wanted] for wanted in (True, False))
+    numbers, size = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
+    return Line(name, numbers, sum(p.numel() for p in frozen) + four_bits, size, sum(t.nbytes for t in (*frozen, *buffers)), size,
+                optimizer_bytes(trained), **figures)
+
+
+def _with_sum(lines: list[Line]) -> list[Line]:
+    return [*lines, Line("all", *(sum(getattr(line, field.name) for line in lines) for field in fields(Line)[1:]))]

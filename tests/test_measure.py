@@ -1,0 +1,115 @@
+"""The ledger: every measured figure against its closed formula, to the byte."""
+
+import itertools
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import nn
+
+import minilora as ml
+from minilora import measure
+from minilora.measure import Line, bytes_alive, flops, ledger, predicted
+
+METHODS = {
+    "full": ml.FullFineTuning(), "LoRA": ml.LoRA(3), "rsLoRA": ml.LoRA(3, rslora=True), "LoRA+": ml.LoRAPlus(3), "LoRA-FA": ml.LoRAFA(3),
+    "VeRA": ml.VeRA(10), "Delta-LoRA": ml.DeltaLoRA(3), "LoRA-drop": ml.LoRADrop(3, warmup_steps=1), "AdaLoRA": ml.AdaLoRA(4, 2),
+    "DoRA": ml.DoRA(3), "PiSSA": ml.PiSSA(3), "QLoRA": ml.QLoRA(3, dropout=0.0), "LoftQ": ml.LoftQ(3), "QPiSSA": ml.QPiSSA(3),
+}
+OWN_BASE = ("QLoRA", "LoftQ", "QPiSSA")
+
+
+def model(dtype=torch.float32, width=32, bias=True):
+    torch.manual_seed(0)
+    gpt = ml.TinyGPT(ml.GPTConfig(context=32, width=width, layers=2, heads=2))
+    if not bias:
+        for linear in gpt.modules():
+            if isinstance(linear, nn.Linear):
+                linear.bias = None
+    return gpt.to(dtype)
+
+
+CASES = [(name, base, dropout) for name, base, dropout in itertools.product(METHODS, ("fp32", "bf16", "fp64", "nf4", "nf4 of bf16"), (0.0, 0.1))
+         if not (base.startswith("nf4") and name in ("full", "Delta-LoRA")) and not (name in OWN_BASE and base.startswith("nf4"))
+         and not (dropout and name in ("full", "Delta-LoRA"))]
+
+
+def adapted(name, base, dropout=0.0, bias=True, train=False):
+    gpt = model({"bf16": torch.bfloat16, "nf4 of bf16": torch.bfloat16, "fp64": torch.float64}.get(base, torch.float32), bias=bias)
+    if base.startswith("nf4"):
+        ml.quantize(gpt)
+    method = METHODS[name]
+    method = replace(method, dropout=dropout) if dropout else method
+    if train:
+        ml.finetune(gpt, method, ml.data.world().batches(2, 31), 4, 0.01, progress=False)
+        return gpt
+    ml.adapt(gpt, method)
+    for _, layer in ml.adapters(gpt):
+        if isinstance(layer, ml.DeltaLoRALinear):
+            layer.started.fill_(True)
+    return gpt
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name, base, dropout", CASES)
+def test_every_formula_is_equal_to_what_is_measured_to_the_byte(name, base, dropout, bias):
+    gpt = adapted(name, base, dropout, bias)
+    for line, formula in zip(ledger(gpt, tokens=50), predicted(gpt, tokens=50), strict=True):
+        for field in fields(Line):
+            assert getattr(line, field.name) == getattr(formula, field.name), (line.name, field.name)
+
+
+@pytest.mark.parametrize("name, base", [(name, base) for name, base, dropout in CASES if not dropout and name != "full"])
+def test_what_is_on_disk_is_predicted_to_the_byte(name, base):
+    """Trained first, so that AdaLoRA has cut, Delta-LoRA has begun and LoRA-drop has chosen."""
+    gpt = adapted(name, base, train=True)
+    assert measure.disk_bytes(gpt) == measure.predicted_disk_bytes(gpt)
+
+
+def test_shared_pairs_of_lora_drop_are_counted_once():
+    gpt = model()
+    ml.finetune(gpt, ml.LoRADrop(3, warmup_steps=1, threshold=0.3), ml.data.world().batches(2, 31), 4, 0.01, progress=False)
+    assert any(not layer.own for _, layer in ml.adapters(gpt))
+    lines = ledger(gpt)
+    assert lines == predicted(gpt) and lines[-1].trainable == ml.trainable_parameters(gpt)
+    assert sum(line.trainable == 0 for line in lines[:-2]) > 0
+
+
+def test_the_sum_is_the_model():
+    gpt = adapted("LoRA", "nf4")
+    *_, rest, total = ledger(gpt)
+    assert total.trainable == ml.trainable_parameters(gpt) and rest.alive_bytes == 0
+    assert total.frozen == sum(p.numel() for p in model().parameters())               # a 4-bit weight counts as what it stands for
+    assert total.trained_bytes + total.frozen_bytes == sum(t.nbytes for t in (*gpt.parameters(), *gpt.buffers()))
+
+
+def test_lora_keeps_its_input_and_lora_fa_does_not():
+    """512 tokens through 1024 -> 1024 at rank 8, the figures of the lesson on LoRA-FA."""
+    linear, x = nn.Linear(1024, 1024), torch.randn(512, 1024, requires_grad=True)
+    for method, expected in ((ml.LoRA(8), 2_113_536), (ml.LoRAFA(8), 16_384), (ml.LoRA(8, dropout=0.1), 4_210_688), (ml.LoRAFA(8, dropout=0.1), 2_113_536)):
+        layer = method.layer(linear.requires_grad_(False))
+        assert bytes_alive(layer, lambda: layer(x)) == expected
+
+
+def test_what_is_freed_at_once_is_not_counted_and_what_is_shared_counts_once():
+    x = torch.randn(1000, requires_grad=True)
+    assert bytes_alive(nn.Identity(), lambda: (x.exp().detach() + (2 * x).sin().detach() + x)) == 0
+    assert bytes_alive(nn.Identity(), lambda: x.exp()) == 4000
+    assert bytes_alive(nn.Identity(), lambda: (x * x, x * x)) == 4000
+    assert bytes_alive(nn.Identity(), lambda: x.view(10, 100).T * 2 * x.view(100, 10)) == 8000
+
+
+def test_counting_changes_nothing_of_the_model():
+    gpt = adapted("LoRA", "fp32", dropout=0.1).eval()
+    before = {name: t.clone() for name, t in gpt.state_dict().items()}
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    ledger(gpt)
+    assert torch.equal(torch.rand(1), expected) and not gpt.training
+    assert all(p.grad is None for p in gpt.parameters()) and all(torch.equal(t, before[name]) for name, t in gpt.state_dict().items())
+
+
+def test_flops_are_torchs():
+    linear, x = nn.Linear(20, 30), torch.randn(7, 20, requires_grad=True)
+    assert flops(lambda: linear(x)) == (2 * 7 * 20 * 30, 4 * 7 * 20 * 30)
