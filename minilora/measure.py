@@ -18,7 +18,7 @@ import json
 import tempfile
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 from pathlib import Path
 
@@ -41,8 +41,9 @@ from minilora.methods.pissa import PiSSA
 from minilora.methods.qlora import QLoRA
 from minilora.methods.vera import VeRA
 from minilora.quant.linear import NF4Linear
+from minilora.shapes import Shape
 
-Shapes = dict[str, tuple[int, ...]]
+Tensors = dict[str, tuple[int, ...]]        # name: shape
 
 
 # The formulas. One class a method, one method a question; o = out, i = in, n = tokens, e and f = bytes as above.
@@ -52,7 +53,7 @@ class LoRACost:
 
     keeps_x = True                                              # the gradient of A needs it
 
-    def trained(self, m, o: int, i: int) -> Shapes:
+    def trained(self, m, o: int, i: int) -> Tensors:
         """What gets a gradient, by its name in the layer."""
         return {"A": (m.rank, i), "B": (o, m.rank)}
 
@@ -68,7 +69,7 @@ class LoRACost:
         """Numbers that all layers keep together; o, i: the tallest and the widest."""
         return 0
 
-    def saved(self, m, o: int, i: int) -> Shapes:
+    def saved(self, m, o: int, i: int) -> Tensors:
         """What is written to disk, by PEFT's names."""
         return {"lora_A.weight": (m.rank, i), "lora_B.weight": (o, m.rank)}
 
@@ -358,26 +359,33 @@ def predicted(model: nn.Module, tokens: int = 1024) -> list[Line]:
     """The same lines from the formulas; only the rest of the model is counted."""
     layers, lines, counted = _layers(model), [], set()
     for name, layer in layers.items():
-        o, i, e = layer.out_features, layer.in_features, _type(layer).itemsize
-        f, adapted = max(e, 4), isinstance(layer, Adapter)
-        method = layer.method if adapted else FullFineTuning()
-        base, cost = layer.base if adapted else layer, COSTS[type(method)]
-        shapes = [] if isinstance(method, LoRADrop) and id(layer.A) in counted else [*cost.trained(method, o, i).values()]
-        shapes += [] if adapted or base.bias is None else [(o,)]
+        base, method = (layer.base, layer.method) if isinstance(layer, Adapter) else (layer, FullFineTuning())
+        four_bits = (base.block_size, "scales" not in base.parts) if isinstance(base, NF4Linear) else None
+        alone = not (isinstance(method, LoRADrop) and id(layer.A) in counted)
+        lines.append(formula(name, method, base.out_features, base.in_features, tokens, base.bias is not None, _type(layer).itemsize, four_bits, alone))
         counted |= {id(t) for t in (*layer.parameters(), *layer.buffers())}
-        numbers, f = sum(map(prod, shapes)), f if adapted else e
-        in_base = (o * i + (o if base.bias is not None else 0)) * adapted
-        if isinstance(base, NF4Linear):
-            stored = nf4_bytes(o, i, base.block_size, "scales" not in base.parts) + (base.bias.nbytes if base.bias is not None else 0)
-        else:
-            stored = in_base * e
-        shared = 0
-        if isinstance(method, VeRA) and not lines:
-            shared = cost.shared(method, max(layer.out_features for layer in layers.values()), max(layer.in_features for layer in layers.values()))
-        forward, backward = cost.flops(method, o, i, tokens)
-        lines.append(Line(name, numbers, in_base + cost.frozen_parameters(method, o, i) + shared, numbers * f, stored + cost.frozen(method, o, i, f) + shared * f, numbers * f,
-                          sum(2 * prod(shape) * f + 4 for shape in shapes), cost.alive(method, o, i, tokens, e, f), forward, backward))
+    if lines and isinstance(method, VeRA):
+        lines[0] = _with_shared(lines[0], method, [(layer.out_features, layer.in_features) for layer in layers.values()], max(4, _type(layer).itemsize))
     return _with_sum([*lines, _weighed("the rest", model, counted)])
+
+
+def formula(name: str, method: Method, o: int, i: int, tokens: int, bias: bool = True, e: int = 4, four_bits: tuple[int, bool] | None = None,
+            alone: bool = True) -> Line:
+    """What one layer in -> out costs. e: bytes a number of x and the base; four_bits: block size and whether doubly quantized, of a base
+    in NF4; alone: whether it has trained tensors of its own, and not another layer's (LoRA-drop)."""
+    cost, full = COSTS[type(method)], method.trains_base
+    f = e if full else max(e, 4)
+    shapes = [*cost.trained(method, o, i).values()] * alone + [(o,)] * (full and bias)
+    numbers, in_base = sum(map(prod, shapes)), 0 if full else o * i + o * bias
+    stored = in_base * e if four_bits is None else nf4_bytes(o, i, *four_bits) + o * bias * e
+    return Line(name, numbers, in_base + cost.frozen_parameters(method, o, i), numbers * f, stored + cost.frozen(method, o, i, f), numbers * f,
+                2 * numbers * f + 4 * len(shapes), cost.alive(method, o, i, tokens, e, f), *cost.flops(method, o, i, tokens))
+
+
+def _with_shared(line: Line, method: VeRA, sizes: list[tuple[int, int]], f: int) -> Line:
+    """The line of the layer that comes first, with what all share."""
+    shared = COSTS[VeRA].shared(method, max(o for o, _ in sizes), max(i for _, i in sizes))
+    return replace(line, frozen=line.frozen + shared, frozen_bytes=line.frozen_bytes + shared * f)
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -402,3 +410,32 @@ def _weighed(name: str, module: nn.Module, counted: set[int], **figures: int) ->
 
 def _with_sum(lines: list[Line]) -> list[Line]:
     return [*lines, Line("all", *(sum(getattr(line, field.name) for line in lines) for field in fields(Line)[1:]))]
+
+
+def extrapolated(shape: Shape, method: Method, targets: list[str] | None = None, tokens: int = 1024, base: str = "fp16") -> list[Line]:
+    """The formulas on a model that is not here: a line for each kind of layer that is adapted, one for the rest, and the sum.
+
+    base: "fp32", "fp16", or "nf4", which puts every linear layer of the blocks in four bits (double quantization) and the rest in 16.
+    Raises ValueError where `shape` has no such targets or the method cannot stand on that base.
+    """
+    if base not in ("fp32", "fp16", "nf4"):
+        raise ValueError(f"base must be fp32, fp16 or nf4, got {base!r}")
+    if base == "nf4" and isinstance(method, (FullFineTuning, DeltaLoRA)):
+        raise ValueError(f"{type(method).__name__} must move W, which four bits cannot; take fp16 or fp32")
+    e, four_bits = 4 if base == "fp32" else 2, (64, True) if base == "nf4" else None
+    kinds = shape.targets(targets)
+    lines = []
+    for kind in kinds:
+        rank = getattr(method, "initial_rank", getattr(method, "rank", 0))
+        if rank > min(kind.out, kind.into) and not isinstance(method, VeRA):
+            raise ValueError(f"rank {rank} is above min(in, out) of {kind.name}, {kind.into} -> {kind.out}")
+        one = formula(kind.name, method, kind.out, kind.into, tokens, kind.bias, e, four_bits)
+        lines.append(Line(kind.name, *(kind.count * getattr(one, field.name) for field in fields(Line)[1:])))
+    if isinstance(method, VeRA):
+        lines[0] = _with_shared(lines[0], method, [(kind.out, kind.into) for kind in kinds], 4)
+    left = [kind for kind in shape.kinds if kind not in kinds]
+    stored = sum(kind.count * (nf4_bytes(kind.out, kind.into) + kind.out * kind.bias * e) if four_bits else kind.parameters * e for kind in left)
+    others = sum(kind.parameters for kind in left) + shape.rest
+    full = method.trains_base and not targets
+    rest = Line("the rest", *((others, 0, others * e, 0, others * e, 2 * others * e) if full else (0, others, 0, stored + shape.rest * e)))
+    return _with_sum([*lines, rest])

@@ -67,7 +67,7 @@ def test_what_is_on_disk_is_predicted_to_the_byte(name, base):
 
 
 def test_shared_pairs_of_lora_drop_are_counted_once():
-    gpt = model()
+    gpt = ml.TinyGPT(ml.GPTConfig(context=32, width=32, layers=4, heads=2))
     ml.finetune(gpt, ml.LoRADrop(3, warmup_steps=1, threshold=0.3), ml.data.world().batches(2, 31), 4, 0.01, progress=False)
     assert any(not layer.own for _, layer in ml.adapters(gpt))
     lines = ledger(gpt)
