@@ -56,6 +56,11 @@ def test_bits_are_counted_in_what_is_stored():
     assert Q.bits_per_parameter == pytest.approx(4 + 8 / 64 + 32 / (64 * 256) + 32 / 2**24, abs=1e-12)
 
 
+def test_what_is_stored_holds_no_padding():
+    Q = double_quantize(scales_like("normal", 300))
+    assert Q.codes.untyped_storage().nbytes() == 300
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_scale_is_below_zero_so_no_sign_flips(seed):
     """A block near zero beside an outlier: mean off, rounded, mean on, and it can end below 0. Cauchy numbers do it thousands of times."""

@@ -168,6 +168,10 @@ def test_the_compute_dtype_is_chosen_and_the_output_has_the_inputs():
     assert ml.NF4Linear(Q).compute_dtype == torch.float32 and "computes in torch.float32" in repr(ml.NF4Linear(Q))
 
 
+def test_a_layer_in_eval_mode_stays_in_it():
+    assert not ml.NF4Linear.of(nn.Linear(72, 48).eval()).training and ml.NF4Linear.of(nn.Linear(72, 48)).training
+
+
 def test_under_autocast_its_dtype_rules_forward_and_backward():
     nf4 = layer()
     x = torch.randn(4, 72, requires_grad=True)
@@ -347,6 +351,17 @@ def test_merging_into_four_bits_again_warns_and_names_the_loss():
         ml.merge_nf4(model)
 
 
+def test_merging_into_four_bits_keeps_double_quantization_and_the_compute_dtype():
+    torch.manual_seed(0)
+    linear = nn.Linear(72, 48)
+    model = nn.Sequential(ml.NF4Linear(ml.quantize_nf4(linear.weight, double=True), linear.bias, compute_dtype=torch.bfloat16))
+    ml.adapt(model, ml.LoRA(3), ["0"])
+    nn.init.normal_(model[0].B)
+    with pytest.warns(UserWarning, match="moved the weights"):
+        ml.merge_nf4(model)
+    assert model[0].compute_dtype == torch.bfloat16 and "scale_codes" in model[0].state_dict()
+
+
 def test_only_a_4_bit_base_takes_an_update_in_four_bits():
     model = ml.adapt(small(), ml.LoRA(2))
     with pytest.raises(ValueError, match="blocks.0.attention.q_proj: its base is not in four bits"):
@@ -362,6 +377,8 @@ def test_qlora_is_quantize_and_lora():
             b.A.copy_(a.A), b.B.normal_(), a.B.copy_(b.B)
     assert torch.equal(one(ids()), other(ids())) and ml.trainable_parameters(one) == ml.trainable_parameters(other)
     assert {layer.base.quantized.block_size for _, layer in ml.adapters(one)} == {64} and all(isinstance(m.base, ml.NF4Linear) for _, m in ml.adapters(one))
+    layer = ml.QLoRA(3, block_size=128, double=False).layer(nn.Linear(72, 48)).base
+    assert layer.block_size == 128 and "scales" in layer.parts
     method = ml.QLoRA(64)
     assert (method.alpha, method.dropout, method.block_size, method.double) == (16.0, 0.1, 64, True)
 
