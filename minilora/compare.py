@@ -14,7 +14,9 @@ import io
 import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Iterator
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,10 +26,10 @@ import torch
 from minilora import data, storage
 from minilora.adapter import adapt, trainable_parameters
 from minilora.gpt import TinyGPT, load_base
-from minilora.measure import disk_bytes
+from minilora.measure import bytes_alive, disk_bytes, ledger
 from minilora.methods import METHODS, RATES, make_method
 from minilora.quant.linear import quantize
-from minilora.training import exact_match, finetune, held_out_loss
+from minilora.training import exact_match, finetune, held_out_loss, next_byte_loss
 
 OWN_BASE = ("qlora", "loftq", "qpissa")                # these put the base in four bits themselves
 PUBLISHED = Path(__file__).with_name("published.json")
@@ -178,27 +180,148 @@ def search(entry: Entry, name: str, task: data.Task, settings: Settings, results
     return float(f"{min(finalists, key=lambda rate: tried[rate] + trial(rate, second)):.3g}")
 
 
-def compare(tasks: dict[str, data.Task], seeds: int, out: Path, settings: Settings, budget: int | None = None, quick: bool = False,
-            command: str = "", say: Callable[[str], None] = print) -> Results:
-    """Every entry on every task; then, with a budget, at about equal trainable parameters. quick: rates as published, no search."""
-    common = {"command": command, "settings": {"steps": settings.steps, "rows": ROWS, "context": CONTEXT, "quick": quick}, "seeds": seeds,
+def step_ratio(entry: Entry, settings: Settings, rounds: int = 6) -> float:
+    """The time of a training step over that of full fine-tuning, the two taking turns; the median."""
+    x, y = data.world().batches(ROWS, CONTEXT)(0)
+    ratios = []
+    contenders = []
+    for one in (entry, Entry("full")):
+        method = make_method(one.method, one.rank, steps=settings.steps)
+        model = one.adapted(settings.steps, settings.base)
+        contenders.append((model, method, torch.optim.AdamW(method.parameter_groups(model, 1e-5), lr=1e-5)))
+
+    def step(model: TinyGPT, method, optimizer) -> float:
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        (next_byte_loss(model, x, y) + method.penalty(model)).backward()
+        method.before_step(model, 0)
+        optimizer.step()
+        method.after_step(model, 0)
+        return time.perf_counter() - began
+
+    for turn in range(rounds + 2):
+        took = [step(*contender) for contender in contenders]
+        if turn > 1:                                               # the first two warm up
+            ratios.append(took[0] / took[1])
+    return statistics.median(ratios)
+
+
+def priced(entry: Entry, settings: Settings) -> dict:
+    """What the entry costs in training, whatever the task: bytes of each kind, and the time of a step."""
+    model = entry.adapted(settings.steps, settings.base)
+    x, y = data.world().batches(ROWS, CONTEXT)(0)
+    alive = bytes_alive(model, lambda: next_byte_loss(model.train(), x, y))
+    total = ledger(model, tokens=1)[-1]
+    return {"weight_bytes": total.trained_bytes + total.frozen_bytes, "gradient_bytes": total.gradient_bytes, "optimizer_bytes": total.optimizer_bytes,
+            "alive_bytes": alive, "step_ratio": round(step_ratio(entry, settings), 3)}
+
+
+def published_rate(entry: Entry, task: str) -> float:
+    """The rate that the committed search chose, for this task if it had it, else the middle one of its tasks; else the usual one."""
+    rates = {}
+    for record in read(PUBLISHED)["runs"] if PUBLISHED.exists() else ():
+        if (record["method"], record["base"], record["rank"]) == (entry.method, entry.base, entry.rank):
+            rates[record["task"]] = record["lr"]
+    return rates.get(task) or (sorted(rates.values())[len(rates) // 2] if rates else RATES[entry.method])
+
+
+def compare(tasks: dict[str, data.Task], seeds: int, out: Path, settings: Settings, lineup: list[Entry], quick: bool = False, command: str = "",
+            say: Callable[[str], None] = print) -> Results:
+    """Every entry on every task, seeds 0 to `seeds` - 1. quick: rates as published, no search. What `out` holds already is not run again.
+
+    Raises ValueError where `out` holds a comparison with other settings, or something else under its name.
+    """
+    common = {"command": command, "settings": {"steps": settings.steps, "rows": ROWS, "context": CONTEXT, "base": str(settings.base or "shipped"), "quick": quick},
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
     out.mkdir(parents=True, exist_ok=True)
-    results = Results(out / "results.json", common)
-    lineup = entries()
-    lineup += [entry for entry in at_budget(budget, settings.steps) if entry not in lineup] if budget else []
+    results, prices = Results(out / "results.json", common), {}
     for name, task in tasks.items():
         for entry in lineup:
+            wanted = [{**asdict(entry), "task": name, "seed": seed} for seed in range(seeds)]
+            missing = [key for key in wanted if not results.find("runs", **key)]
+            if not missing:
+                continue
             lr = published_rate(entry, name) if quick else search(entry, name, task, settings, results)
-            for seed in range(seeds):
-                key = {**asdict(entry), "task": name, "seed": seed}
-                if results.find("runs", **key):
-                    continue
-                scores, model = settings.run(entry, task, lr, seed)
-                costs = {"trainable_parameters": trainable_parameters(model), "disk_bytes": disk_bytes(model)} if model else {}
-                results.add("runs", key | {"lr": lr, "steps": settings.steps, "scores": scores, "costs": costs})
-                say(f"{name}: {entry}, seed {seed}: {shown(scores['bits_per_byte'])} bits per byte")
+            if entry not in prices:
+                prices[entry] = priced(entry, settings)
+            for key in missing:
+                scores, model = settings.run(entry, task, lr, key["seed"])
+                trained = {"trainable_parameters": trainable_parameters(model), "disk_bytes": disk_bytes(model)} if model else {}
+                results.add("runs", key | {"lr": lr, "steps": settings.steps, "scores": scores, "costs": trained | prices[entry]})
+                say(f"{name}: {entry}, seed {key['seed']}: {shown(scores['bits_per_byte'])} bits per byte")
     return results
+
+
+def bootstrap(values: Sequence[float], resamples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
+    """The mean, and its 95 % interval by the percentile bootstrap (Efron 1979). With one value there is no interval: it is infinite."""
+    values = np.asarray(values, float)
+    if len(values) == 0 or not np.isfinite(values).all():
+        return math.nan, -math.inf, math.inf
+    if len(values) == 1:
+        return float(values[0]), -math.inf, math.inf
+    drawn = np.random.default_rng(seed).choice(values, (resamples, len(values))).mean(axis=1)
+    return float(values.mean()), *(float(q) for q in np.quantile(drawn, (0.025, 0.975)))
+
+
+def score_of(runs: list[dict], task: str, entry: Entry, name: str = "bits_per_byte") -> dict[int, float]:
+    """seed -> score. A run that diverged has nan."""
+    found = {}
+    for run in runs:
+        if run["task"] == task and {key: run[key] for key in ("method", "base", "rank")} == asdict(entry):
+            value = run["scores"].get(name)
+            found[run["seed"]] = math.nan if value is None else value
+    return found
+
+
+def paired(one: dict[int, float], other: dict[int, float]) -> list[float]:
+    """one - other, for each seed that both have."""
+    return [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+
+
+def entries_of(runs: list[dict], task: str) -> list[Entry]:
+    return list(dict.fromkeys(Entry(run["method"], run["base"], run["rank"]) for run in runs if run["task"] == task))
+
+
+def table(runs: list[dict], task: str, budget: list[Entry] | None = None) -> str:
+    """The scoreboard of one task, best first: at equal steps, or (budget: those entries) at about equal trainable parameters."""
+    lineup = [entry for entry in entries_of(runs, task) if (entry in budget if budget is not None else entry.rank is None)]
+    full, asks = score_of(runs, task, Entry("full")), any("exact_match" in run["scores"] for run in runs if run["task"] == task)
+    rows = []
+    for entry in lineup:
+        mine = [run for run in runs if run["task"] == task and Entry(run["method"], run["base"], run["rank"]) == entry]
+        score = score_of(runs, task, entry)
+        mean, low, high = bootstrap(list(score.values()))
+        behind, worst, best = bootstrap(paired(score, full))
+        costs = next((run["costs"] for run in mine if run["costs"].get("trainable_parameters")), mine[0]["costs"])
+        cells = [str(entry), f"{mine[0]['lr']:.2g}", interval(mean, low, high), "" if entry.method == "full" else interval(behind, worst, best, "+.3f")]
+        cells += [f"{100 * bootstrap(list(score_of(runs, task, entry, 'exact_match').values()))[0]:.1f}"] * asks
+        cells += [f"{bootstrap(list(score_of(runs, task, entry, 'forgotten').values()))[0]:+.2f}", f"{costs.get('trainable_parameters', 0):,}"]
+        cells += [f"{costs[key] / 1024:,.0f}" if key in costs else "" for key in ("weight_bytes", "optimizer_bytes", "alive_bytes", "disk_bytes")]
+        cells += [f"{costs['step_ratio']:.2f}" if "step_ratio" in costs else ""]
+        rows.append((math.inf if math.isnan(mean) else mean, cells))
+    head = ["method", "rate", "bits per byte", "behind full", *["answered %"] * asks, "forgotten", "trained", "weights", "AdamW", "alive", "file", "time"]
+    lines = [head, *(cells for _, cells in sorted(rows, key=lambda row: row[0]))]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(line, widths))).rstrip()
+                     for line in lines)
+
+
+def interval(mean: float, low: float, high: float, form: str = ".3f") -> str:
+    if math.isnan(mean):
+        return "diverged"
+    return f"{mean:{form}}" if math.isinf(low) else f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def write_csv(runs: list[dict], path: Path) -> None:
+    """One row a run."""
+    flat = [{key: value for key, value in run.items() if key not in ("scores", "costs")} | {k: v for k, v in run["scores"].items() if k != "training"} | run["costs"]
+            for run in runs]
+    columns = list(dict.fromkeys(key for row in flat for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    storage.write_atomically(path, text.getvalue().encode())
 
 
 def shown(value: float | None) -> str:

@@ -137,3 +137,54 @@ def merge_survival(ratios: list[float], shares: dict[tuple[str, str], list[float
     axes.grid(alpha=0.25)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
+
+
+def quality(points: dict[str, list[tuple[str, str, float, float, float, float]]]) -> Figure:
+    """Held-out bits per byte against trainable parameters. task: (method, base, parameters, mean, low, high) of each entry."""
+    figure = Figure(figsize=(6.2 * len(points), 4.8), layout="constrained")
+    for axes, (task, entries) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items()):
+        for method, base, parameters, mean, low, high in entries:
+            color = BLUE if base == "fp32" else VERMILION
+            axes.plot([parameters, parameters], [low, high], color=color, linewidth=1.5, alpha=0.6)
+            axes.plot(parameters, mean, marker="o" if base == "fp32" else "s", color=color, markersize=5)
+        _label(axes, [(method, parameters, mean, BLUE if base == "fp32" else VERMILION) for method, base, parameters, mean, _, _ in entries], log=True)
+        axes.set(xscale="log", xlabel="trainable parameters", ylabel="held out, bits per byte (lower is better)", title=task)
+        axes.grid(alpha=0.25)
+    _bases(figure)
+    return figure
+
+
+def forgetting(points: dict[str, list[tuple[str, str, float, float]]]) -> Figure:
+    """What was forgotten against what was learned. task: (method, base, bits per byte held out, bits per byte more on the tiny world)."""
+    figure = Figure(figsize=(6.2 * len(points), 4.8), layout="constrained")
+    for axes, (task, entries) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items()):
+        for method, base, learned, forgotten in entries:
+            axes.plot(learned, forgotten, marker="o" if base == "fp32" else "s", color=BLUE if base == "fp32" else VERMILION, markersize=5)
+        _label(axes, [(method, learned, forgotten, BLUE if base == "fp32" else VERMILION) for method, base, learned, forgotten in entries])
+        axes.set(xlabel="held out, bits per byte (learned more: to the left)", ylabel="forgotten, bits per byte (less: below)", title=task)
+        axes.grid(alpha=0.25)
+    _bases(figure)
+    return figure
+
+
+def _bases(figure: Figure) -> None:
+    from matplotlib.lines import Line2D
+    figure.legend(handles=[Line2D([], [], marker="o", color=BLUE, linestyle="", label="dense base"), Line2D([], [], marker="s", color=VERMILION, linestyle="", label="4-bit base")],
+                  loc="outside lower center", ncols=2, frameon=False)
+
+
+def _label(axes, points: list[tuple[str, float, float, str]], log: bool = False) -> None:
+    """A name beside each point, moved up or down until it covers no other name."""
+    axes.margins(0.16, 0.1)
+    heights = [y for _, _, y, _ in points]
+    gap = (max(heights) - min(heights) or 1) / 26
+    taken: list[tuple[float, float]] = []
+    position = math.log10 if log else float
+    across = [position(x) for _, x, _, _ in points]
+    reach = (max(across) - min(across) or 1) * 0.28
+    for name, x, y, color in sorted(points, key=lambda point: point[2]):
+        place = y
+        while any(abs(position(x) - other) < reach and abs(place - height) < gap for other, height in taken):
+            place += gap / 4
+        taken.append((position(x), place))
+        axes.annotate(name, (x, y), xytext=(x * 1.06 if log else x + reach / 24, place), fontsize=8, color=color, va="center")
