@@ -211,12 +211,8 @@ def facts(count: int = 64, seed: int = 0) -> Task:
     """`count` invented facts of log2(14 · 18) = 7.98 bits each. Every fact is told in two wordings; every second one is also
     asked and answered. Recall is scored on the others, whose question was never seen.
     """
-    rng = Random(f"facts/{seed}")
-    syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-    names = rng.sample(sorted({(a + b + c).capitalize() for a in syllables for b in syllables for c in ("k", "x", "q")}), count)
     told, asked = [], []
-    for i, name in enumerate(names):
-        thing = f"{rng.choice(SLOTS['look'])} {rng.choice(SLOTS['thing'])}"
+    for i, (name, thing) in enumerate(invented(count, seed)):
         told += [f"{name} has a {thing}.\n", f"The {thing} belongs to {name}.\n"]
         question = (f"What does {name} have? A ", f"{thing}.\n")
         if i % 2:
@@ -224,6 +220,14 @@ def facts(count: int = 64, seed: int = 0) -> Task:
         else:
             told.append("".join(question))
     return replace(_listed("facts", told, asked), choosing=lambda: facts(count, seed + 1))
+
+
+def invented(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """`count` names, and what each has: "look thing", every pair with equal chance."""
+    rng = Random(f"facts/{seed}")
+    syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+    names = rng.sample(sorted({(a + b + c).capitalize() for a in syllables for b in syllables for c in ("k", "x", "q")}), count)
+    return [(name, f"{rng.choice(SLOTS['look'])} {rng.choice(SLOTS['thing'])}") for name in names]
 
 
 def sums() -> Task:

@@ -224,11 +224,6 @@ COSTS: dict[type[Method], LoRACost] = {
 }
 
 
-def trained_by(method: Method, o: int, i: int) -> int:
-    """Trainable parameters of one layer in -> out."""
-    return sum(prod(shape) for shape in COSTS[type(method)].trained(method, o, i).values())
-
-
 def nf4_bytes(o: int, i: int, block_size: int = 64, double: bool = True) -> int:
     """A weight (out, in) in four bits, scales and all."""
     blocks = -(-o * i // block_size)

@@ -188,3 +188,77 @@ def _label(axes, points: list[tuple[str, float, float, str]], log: bool = False)
             place += gap / 4
         taken.append((position(x), place))
         axes.annotate(name, (x, y), xytext=(x * 1.06 if log else x + reach / 24, place), fontsize=8, color=color, va="center")
+
+
+def capacity(records: list[dict], bits_each: float) -> Figure:
+    """Facts remembered against rank, and bits held against trainable parameters; every seed a point, the median a line."""
+    from statistics import median
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colors = {"lora": BLUE, "lora-fa": ORANGE, "vera": GREEN, "full": BLACK, "dora": PURPLE}
+    lora = [record for record in records if record["method"] == "lora"]
+    ranks = sorted({record["rank"] for record in lora})
+    left.plot(ranks, [100 * median(r["remembered"] for r in lora if r["rank"] == rank) for rank in ranks], color=BLUE, label="LoRA")
+    left.scatter([r["rank"] for r in lora], [100 * r["remembered"] for r in lora], color=BLUE, s=14)
+    full = [100 * r["remembered"] for r in records if r["method"] == "full"]
+    if full:
+        left.axhline(median(full), color=BLACK, linestyle="--", linewidth=1, label="full fine-tuning")
+    left.set(xscale="log", xlabel="rank", ylabel="facts remembered, %", ylim=(-3, 103), title=f"{records[0]['count']} facts, {records[0]['steps']} steps")
+    left.set_xticks(ranks, [str(rank) for rank in ranks])
+    left.minorticks_off()
+    for method, color in colors.items():
+        mine = [r for r in records if r["method"] == method]
+        if mine:
+            right.scatter([r["parameters"] for r in mine], [r["bits"] for r in mine], color=color, s=18, label=method)
+    right.axhline(records[0]["count"] * bits_each, color="#888888", linestyle=":", linewidth=1, label="all there is to know")
+    right.set(xscale="log", xlabel="trainable parameters", ylabel="bits held", title="what a parameter buys")
+    for axes in (left, right):
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+    return figure
+
+
+def rank_film(film: dict) -> Figure:
+    """AdaLoRA's surviving triplets, one frame after another: blocks downwards, modules across; below, the budget that forces the cuts."""
+    modules = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in film["names"]))
+    blocks = list(dict.fromkeys(name.rsplit(".", 2)[0] for name in film["names"]))
+    place = {name: (blocks.index(name.rsplit(".", 2)[0]), modules.index(name.rsplit(".", 1)[-1])) for name in film["names"]}
+    figure = Figure(figsize=(1.7 * len(film["steps"]) + 0.8, 4.6), layout="constrained")
+    grid = figure.add_gridspec(2, len(film["steps"]), height_ratios=[2, 1])
+    for frame, (step, kept) in enumerate(zip(film["steps"], film["kept"])):
+        axes = figure.add_subplot(grid[0, frame])
+        picture = [[math.nan] * len(modules) for _ in blocks]
+        for name, count in zip(film["names"], kept):
+            row, column = place[name]
+            picture[row][column] = count
+            axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color="white" if count < film["most"] * 0.6 else BLACK)
+        image = axes.imshow(picture, vmin=0, vmax=film["most"], cmap="viridis", aspect="auto")
+        axes.set_title(f"step {step}", fontsize=10)
+        axes.set_xticks(range(len(modules)), [module.replace("_proj", "") for module in modules], fontsize=7, rotation=45)
+        axes.set_yticks(range(len(blocks)), [f"block {row}" for row in range(len(blocks))] if frame == 0 else [""] * len(blocks), fontsize=8)
+    axes = figure.add_subplot(grid[1, :])
+    axes.plot(film["budget"], color=BLUE, linewidth=2, label="budget: triplets that all layers together may keep")
+    axes.plot(film["steps"], [sum(kept) for kept in film["kept"]], "o", color=VERMILION, label="kept")
+    axes.set(xlabel="step", ylabel="triplets", ylim=(0, None))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def cost_bars(costs: dict[str, dict[str, float]], title: str, unit: str = "GiB") -> Figure:
+    """Stacked bars, a bar each: what the memory of training goes into. costs: bar -> part -> size."""
+    figure = Figure(figsize=(9, 0.62 * len(costs) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    parts = list(dict.fromkeys(part for sizes in costs.values() for part in sizes))
+    colors = dict(zip(parts, ("#888888", BLUE, SKY, ORANGE, GREEN, PURPLE)))
+    start = dict.fromkeys(costs, 0.0)
+    for part in parts:
+        sizes = [costs[bar].get(part, 0.0) for bar in costs]
+        axes.barh(list(costs), sizes, left=[start[bar] for bar in costs], color=colors[part], label=part)
+        start = {bar: start[bar] + size for bar, size in zip(costs, sizes)}
+    for bar, total in start.items():
+        axes.text(total, bar, f" {total:,.1f}", va="center", fontsize=9)
+    axes.set(xlabel=unit, title=title, xlim=(0, max(start.values()) * 1.1))
+    axes.invert_yaxis()
+    axes.legend(frameon=False, loc="lower right")
+    return figure

@@ -1,0 +1,81 @@
+"""What rank buys: facts remembered against rank and against trainable parameters; and AdaLoRA's own answer, as a film.
+
+A fact gives a name one of 14 · 18 things, log2(252) = 7.98 bits that nothing else tells. After training, the model's probability of
+the right thing, asked in the words it was told in, says how many of them it holds:
+
+    bits held = Σ over facts of 7.98 + log2 p(thing | "name has a ")         at most 7.98 a fact; none where it is negative in sum
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from minilora import data
+from minilora.adapter import adapt, adapters, trainable_parameters
+from minilora.gpt import load_base
+from minilora.methods import RATES, make_method
+from minilora.methods.adalora import AdaLoRA
+from minilora.training import exact_match, finetune
+
+RANKS = (1, 2, 4, 8, 16, 32)
+OTHERS = (("lora-fa", 16), ("vera", 64), ("vera", 256), ("full", None))
+BITS = math.log2(len(data.SLOTS["look"]) * len(data.SLOTS["thing"]))
+
+
+@torch.no_grad()
+def bits_held(model, facts: Sequence[tuple[str, str]]) -> float:
+    """Bits of the facts that the model holds, by the formula above."""
+    model.eval()
+    bits = 0.0
+    for start in range(0, len(facts), 64):
+        part = [(f"\n{name} has a ".encode(), f"{thing}.\n".encode()) for name, thing in facts[start:start + 64]]
+        longest = max(len(question + answer) for question, answer in part)
+        ids = torch.tensor([list((question + answer).ljust(longest, b"\n")) for question, answer in part])
+        logp = F.log_softmax(model(ids[:, :-1]).double(), dim=-1).gather(2, ids[:, 1:, None])[..., 0]      # (rows, longest - 1)
+        for row, (question, answer) in enumerate(part):
+            bits += BITS + logp[row, len(question) - 1:len(question + answer) - 1].sum().item() / math.log(2)
+    return max(0.0, bits)
+
+
+def curve(count: int = 256, steps: int = 300, seeds: int = 3, done: Sequence[dict] = (), say: Callable[[str], None] = print,
+          keep: Callable[[dict], None] = lambda record: None) -> list[dict]:
+    """One record for each method, rank and seed: how many of `count` facts it answers and how many bits it holds. `done` is not run again."""
+    records = list(done)
+    for method, rank in [*(("lora", rank) for rank in RANKS), *OTHERS]:
+        for seed in range(seeds):
+            key = {"method": method, "rank": rank, "count": count, "steps": steps, "seed": seed}
+            if any(key.items() <= record.items() for record in records):
+                continue
+            facts, model = data.invented(count, seed), load_base()
+            finetune(model, make_method(method, rank, steps=steps), data.facts(count, seed).batches(16, 64, seed), steps, RATES[method], seed,
+                     warmup=steps // 10, schedule="linear", progress=False)
+            remembered = exact_match(model, [(f"\n{name} has a ", f"{thing}.\n") for name, thing in facts])
+            record = key | {"lr": RATES[method], "parameters": trainable_parameters(model), "remembered": remembered, "bits": bits_held(model, facts)}
+            records.append(record)
+            keep(record)
+            say(f"{method} {rank or ''} seed {seed}: {remembered:.1%} of {count} facts, {record['bits']:.0f} bits, {record['bits'] / record['parameters']:.4f} a parameter")
+    return records
+
+
+def film(steps: int = 200, frames: int = 8, task: str = "voice", seed: int = 0) -> dict:
+    """AdaLoRA on a task: at `frames` moments, how many triplets each layer keeps; and the budget at each step.
+
+    Returns {"steps": [...], "names": [...], "kept": [[per layer] per frame], "budget": [per step], "most": initial rank}.
+    """
+    model, method = load_base(), make_method("adalora", steps=steps)
+    assert isinstance(method, AdaLoRA)
+    adapt(model, method)
+    kept = []
+
+    def look(model) -> float:
+        kept.append([int(layer.kept.sum()) for _, layer in adapters(model)])
+        return 0.0
+
+    every = max(1, steps // (frames - 1))
+    history = finetune(model, method, data.TASKS[task]().batches(16, 64, seed), steps, RATES["adalora"], seed, evaluate=look, evaluate_every=every,
+                       warmup=steps // 10, schedule="linear", progress=False)
+    names = [name for name, _ in adapters(model)]
+    return {"steps": [step for step, _ in history["evaluated"]], "names": names, "kept": kept,
+            "budget": [method.budget(step, len(names)) for step in range(steps)], "most": method.initial_rank}

@@ -1,0 +1,160 @@
+"""The papers' headlines on trial: each with a number that would have to come out above a line, drawn before anything was run.
+
+    shown                     the whole 95 % interval lies above the line
+    contradicted              the whole interval lies below it
+    not shown at this scale   the line is inside
+
+Differences are paired: a seed means the same batches. "Matches" means: worse by less than MARGIN, and then the line is -MARGIN.
+Everything here is a model of 875,264 parameters and 100 steps, so a verdict is about this scale and no other.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from minilora.compare import Entry, bootstrap, paired, score_of
+from minilora.measure import COSTS, nf4_bytes
+from minilora.methods import make_method
+
+MARGIN = 0.05           # bits per byte: about a tenth of what is left after fine-tuning on the built-in tasks. Set before the runs.
+
+FULL, LORA, QLORA = Entry("full"), Entry("lora"), Entry("qlora", "nf4")
+LOW, HIGH, HIGH_RS, HALF = Entry("lora", rank=1), Entry("lora", rank=64), Entry("rslora", rank=64), Entry("dora", rank=4)
+LINEUP = (LOW, HIGH, HIGH_RS, HALF)                     # what the claims need beyond compare's own entries
+
+Samples = Callable[[list[dict], str], list[float]]      # (runs, task) -> one number a seed, or one in all where nothing is drawn
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One headline: what the paper says, what we run, what number is judged, and the line it has to be above."""
+
+    key: str
+    paper: str                  # the figure and its setting
+    run: str
+    predicts: str               # of the number
+    line: float
+    samples: Samples
+    exact: bool = False         # the number is computed from formulas and has no spread
+
+
+def verdict(low: float, high: float, line: float) -> str:
+    """By rule, from the interval."""
+    if math.isnan(low) or math.isnan(high):
+        return "not shown at this scale"
+    return "shown" if low > line else "contradicted" if high < line else "not shown at this scale"
+
+
+def judge(claim: Claim, runs: list[dict], task: str) -> tuple[float, float, float, str] | None:
+    """The number, its interval and the verdict; None where the runs are not there."""
+    values = claim.samples(runs, task)
+    if not values:
+        return None
+    mean, low, high = (values[0],) * 3 if claim.exact else bootstrap(values)
+    return mean, low, high, verdict(low, high, claim.line)
+
+
+def better(one: Entry, other: Entry, score: str = "bits_per_byte") -> Samples:
+    """By how many bits per byte `one` is better (lower) than `other`."""
+    return lambda runs, task: paired(score_of(runs, task, other, score), score_of(runs, task, one, score))
+
+
+def speed(one: Entry, other: Entry) -> Samples:
+    """How many times sooner `one` reaches the training loss that `other` ends with, to the nearest ten steps. 0: never."""
+
+    def samples(runs: list[dict], task: str) -> list[float]:
+        ours, theirs = (score_of(runs, task, entry, "training") for entry in (one, other))
+        found = []
+        for seed in sorted(ours.keys() & theirs.keys()):
+            if not isinstance(ours[seed], list) or not isinstance(theirs[seed], list):
+                found.append(math.nan)
+                continue
+            goal = theirs[seed][-1]
+            when = next((place + 1 for place, loss in enumerate(ours[seed]) if loss <= goal), None)
+            found.append(len(theirs[seed]) / when if when else 0.0)
+        return found
+
+    return samples
+
+
+def fewer_parameters(one: Entry, other: Entry) -> Samples:
+    """How many times fewer `one` trains, as it stood at the end of each run."""
+
+    def samples(runs: list[dict], task: str) -> list[float]:
+        count = {}
+        for entry in (one, other):
+            count[entry] = {run["seed"]: run["costs"]["trainable_parameters"] for run in runs if run["task"] == task and run["costs"].get("trainable_parameters")
+                            and Entry(run["method"], run["base"], run["rank"]) == entry}
+        return [count[other][seed] / count[one][seed] for seed in sorted(count[one].keys() & count[other].keys())]
+
+    return samples
+
+
+def always(value: Callable[[], float]) -> Samples:
+    return lambda runs, task: [value()]
+
+
+def _merged_flops() -> float:
+    """FLOPs of a merged layer over those of the layer that was there."""
+    import torch
+    from torch import nn
+
+    import minilora as ml
+    from minilora.measure import flops
+    linear, x = nn.Linear(64, 48), torch.randn(5, 64, requires_grad=True)
+    before = flops(lambda: linear(x))[0]
+    model = ml.merge(ml.adapt(nn.Sequential(linear), ml.LoRA(4), ["0"]))
+    return flops(lambda: model(x))[0] / before
+
+
+def _alive_saved() -> float:
+    """The share of LoRA's bytes alive that LoRA-FA does without, a layer 128 -> 128 at rank 8 and 1,024 tokens."""
+    lora, fa = (COSTS[type(method)].alive(method, 128, 128, 1024, 4, 4) for method in (make_method("lora"), make_method("lora-fa")))
+    return 1 - fa / lora
+
+
+CLAIMS = (
+    Claim("lora_matches_full", "LoRA matches full fine-tuning at about 1 % of the parameters or fewer (2106.09685, GPT-3)", "LoRA r=1 (1.05 %) against full",
+          "better by more than -0.05 bits per byte", -MARGIN, better(LOW, FULL)),
+    Claim("no_latency", "merged, LoRA adds no latency (2106.09685, section 4.1)", "FLOPs of a merged layer over a plain one", "below 1.001, so -FLOPs above -1.001", -1.001,
+          always(lambda: -_merged_flops()), exact=True),
+    Claim("rank_saturates", "a small rank is enough (2106.09685, section 7.2)", "LoRA r=8 against r=64", "better by more than -0.05", -MARGIN, better(LORA, HIGH)),
+    Claim("rslora_high_rank", "alpha/√r makes high ranks useful (2312.03732)", "rsLoRA against LoRA, both r=64", "better by more than 0", 0.0, better(HIGH_RS, HIGH)),
+    Claim("lora_plus_faster", "LoRA+ converges up to 2 times faster (2402.12354, abstract)", "steps until LoRA's last training loss", "sooner by a factor above 1", 1.0,
+          speed(Entry("lora-plus"), LORA)),
+    Claim("lora_fa_memory", "LoRA-FA cuts activation memory (2308.03303, abstract)", "bytes alive of a layer, LoRA's against LoRA-FA's", "saves more than half of them", 0.5,
+          always(_alive_saved), exact=True),
+    Claim("vera_matches", "VeRA matches LoRA with 10 times fewer parameters (2310.11454)", "VeRA r=64 against LoRA r=8", "better by more than -0.05", -MARGIN,
+          better(Entry("vera"), LORA)),
+    Claim("vera_ten_times_fewer", "… with 10 times fewer", "parameters of the two", "more than 10 times fewer", 10.0, fewer_parameters(Entry("vera"), LORA), exact=True),
+    Claim("delta_lora_better", "Delta-LoRA beats LoRA (2309.02411, abstract)", "Delta-LoRA against LoRA, both r=8", "better by more than 0", 0.0, better(Entry("delta-lora"), LORA)),
+    Claim("lora_drop_half", "LoRA-drop keeps half the parameters on average (2402.07721, abstract)", "LoRA r=8's over LoRA-drop's", "more than 2 times fewer", 2.0,
+          fewer_parameters(Entry("lora-drop"), LORA)),
+    Claim("lora_drop_matches", "… and matches LoRA", "LoRA-drop against LoRA, both r=8", "better by more than -0.05", -MARGIN, better(Entry("lora-drop"), LORA)),
+    Claim("adalora_better", "AdaLoRA beats LoRA at equal budget (2303.10512)", "AdaLoRA 12 to 8 against LoRA r=8", "better by more than 0", 0.0, better(Entry("adalora"), LORA)),
+    Claim("qlora_matches", "QLoRA matches 16-bit LoRA (2305.14314, table 3)", "QLoRA against LoRA in float32, both r=8", "better by more than -0.05", -MARGIN, better(QLORA, LORA)),
+    Claim("qlora_bits", "… at 4.127 bits a parameter", "bits stored for a weight 4096 × 4096", "fewer than 4.128, so -bits above -4.128", -4.128,
+          always(lambda: -8 * nf4_bytes(4096, 4096) / 4096**2), exact=True),
+    Claim("dora_half_rank", "DoRA beats LoRA at half the rank (2402.09353, table 1)", "DoRA r=4 against LoRA r=8", "better by more than 0", 0.0, better(HALF, LORA)),
+    Claim("pissa_faster", "PiSSA converges faster than LoRA (2404.02948)", "steps until LoRA's last training loss", "sooner by a factor above 1", 1.0, speed(Entry("pissa"), LORA)),
+    Claim("loftq_better", "LoftQ beats QLoRA, most of all at 2 bits (2310.08659)", "LoftQ against QLoRA, both r=8, 4 bits", "better by more than 0", 0.0, better(Entry("loftq", "nf4"), Entry("qlora", "nf4"))),
+    Claim("learns_less", "LoRA learns less (2405.09673)", "full against LoRA r=8", "full is better by more than 0", 0.0, better(FULL, LORA)),
+    Claim("forgets_less", "… and forgets less", "bits per byte lost on the tiny world", "LoRA loses fewer", 0.0, better(LORA, FULL, "forgotten")),
+)
+
+
+def report(runs: list[dict]) -> str:
+    """Every claim with its verdict on each task, as text."""
+    tasks = list(dict.fromkeys(run["task"] for run in runs))
+    lines = []
+    for claim in CLAIMS:
+        lines += [f"{claim.key}: {claim.paper}", f"    run: {claim.run}    prediction: {claim.predicts}"]
+        for task in tasks[:1] if claim.exact else tasks:
+            found = judge(claim, runs, task)
+            if found is None:
+                lines.append(f"    {task}: the runs are not there")
+                continue
+            mean, low, high, said = found
+            spread = "" if claim.exact else f" [{low:.3f}, {high:.3f}]"
+            lines.append(f"    {'' if claim.exact else task + ': '}{mean:.3f}{spread}: {said}")
+    return "\n".join(lines)
