@@ -1,9 +1,13 @@
 """python -m minilora: fine-tune the tiny GPT on a text of your own, let it speak, merge what it learned.
 
     finetune   --text FILE | --task voice|facts|sums   [--method lora --rank 8 --steps 200 --out DIR …]
-               methods: full lora lora-plus lora-fa vera delta-lora lora-drop adalora rslora dora pissa
+               methods: full lora lora-plus lora-fa vera delta-lora lora-drop adalora rslora dora pissa qlora loftq qpissa
     generate   [--adapter DIR] --prompt TEXT
     merge      --adapter DIR --out FILE
+    compare    [--quick] [--text FILE | --task voice,facts,sums] --out DIR      every method, a table and two pictures
+    claims     [--results FILE]                        the papers' headlines, judged by what compare measured
+    capacity   --out DIR                               facts remembered against rank; AdaLoRA's ranks as a film
+    cost       --shape chatglm-6b --method lora …      what a method costs on a real model
     pretrain   --out FILE                              how the shipped base was made
 """
 
@@ -20,7 +24,7 @@ from pathlib import Path
 import torch
 
 import minilora as ml
-from minilora import data, plots, storage
+from minilora import capacity, claims, compare, data, measure, plots, shapes, storage
 from minilora.methods import METHODS, RATES, make_method
 
 CHECKPOINT, MODEL, HISTORY, PICTURE = "checkpoint.pt", "model.safetensors", "history.json", "loss.png"
@@ -83,7 +87,40 @@ def parser() -> Parser:
     merge.add_argument("--force", action="store_true", help="replace FILE")
     merge.set_defaults(run=run_merge)
 
-    for command in (finetune, generate, merge):
+    fight = commands.add_parser("compare", help="every method on your text or the built-in tasks, each at its own learning rate")
+    source = fight.add_mutually_exclusive_group()
+    source.add_argument("--text", type=Path, metavar="FILE", help="any UTF-8 file; its last tenth is held out")
+    source.add_argument("--task", type=task_names, default=["voice"], help="comma-separated: voice, facts, sums (default: voice)")
+    fight.add_argument("--quick", action="store_true", help="one seed, 40 steps, and the learning rates of the published search")
+    fight.add_argument("--seeds", type=whole(1), help="runs of each method (default: 5, quick 1)")
+    fight.add_argument("--steps", type=whole(10), help="of training (default: 100, quick 40)")
+    fight.add_argument("--budget", type=whole(1), metavar="PARAMS", help="and again, all with about so many trainable parameters")
+    fight.add_argument("--claims", action="store_true", help="also what the papers' claims need, and the verdicts")
+    fight.add_argument("--out", type=Path, metavar="DIR", help="results go there; a comparison that was stopped goes on (default: runs/compare)")
+    fight.set_defaults(run=run_compare)
+
+    trial = commands.add_parser("claims", help="the papers' headlines, judged by rule")
+    trial.add_argument("--results", type=Path, default=compare.PUBLISHED, metavar="FILE", help="a results.json of compare --claims (default: the published one)")
+    trial.set_defaults(run=run_claims)
+
+    memory = commands.add_parser("capacity", help="facts remembered against rank, and AdaLoRA's ranks as a film")
+    memory.add_argument("--facts", type=whole(2), default=256)
+    memory.add_argument("--steps", type=whole(10), default=300)
+    memory.add_argument("--seeds", type=whole(1), default=3)
+    memory.add_argument("--out", type=Path, required=True, metavar="DIR")
+    memory.set_defaults(run=run_capacity)
+
+    cost = commands.add_parser("cost", help="what a method costs on a real model, by the formulas")
+    cost.add_argument("--shape", required=True, help=f"{', '.join(shapes.KNOWN)}, or a model's config.json")
+    cost.add_argument("--method", type=method_name, default="lora")
+    cost.add_argument("--rank", type=whole(1), default=8)
+    cost.add_argument("--targets", help="comma-separated names of layers (default: all linear layers of the blocks)")
+    cost.add_argument("--base", dest="base_type", choices=["fp32", "fp16", "nf4"], default="fp16", help="how the frozen weights are stored")
+    cost.add_argument("--tokens", type=whole(1), default=1024, help="in a batch, for bytes alive and FLOPs")
+    cost.add_argument("--picture", type=Path, metavar="FILE", help="draw the bars of every method there (PNG)")
+    cost.set_defaults(run=run_cost)
+
+    for command in (finetune, generate, merge, fight):
         command.add_argument("--base", type=Path, metavar="FILE", help="another base than the shipped one")
 
     pretrain = commands.add_parser("pretrain", help="make a base model from nothing, as the shipped one was made")
@@ -158,6 +195,120 @@ def run_merge(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_compare(args: argparse.Namespace) -> int:
+    tasks = {args.text.name: data.text(args.text)} if args.text else {name: data.TASKS[name]() for name in args.task}
+    settings = compare.Settings(args.steps or (40 if args.quick else 100), args.base)
+    out, seeds = args.out or Path("runs/compare"), args.seeds or (1 if args.quick else 5)
+    budget = compare.at_budget(args.budget, settings.steps) if args.budget else []
+    lineup = list(dict.fromkeys([*compare.entries(), *budget, *(claims.LINEUP if args.claims else ())]))
+    command = " ".join(["python -m minilora", *(sys.argv[1:] if sys.argv[0].endswith("__main__.py") else ["compare"])])
+    try:
+        runs = compare.compare(tasks, seeds, out, settings, lineup, args.quick, command).content["runs"]
+    except KeyboardInterrupt:
+        print(f"\nstopped; the finished runs are in {out}. The same command goes on from there.", file=sys.stderr)
+        return 130
+    write_comparison(runs, out)
+    for task in tasks:
+        print(f"\n{task}, at equal steps; bytes in KiB, time as a share of full fine-tuning's, forgotten in bits per byte on the tiny world")
+        print(compare.table(runs, task))
+        if budget:
+            print(f"\n{task}, at about {args.budget:,} trainable parameters\n{compare.table(runs, task, budget)}")
+    if args.claims:
+        print(f"\n{claims.report(runs)}")
+    print(f"\nin {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
+    return 0
+
+
+def write_comparison(runs: list[dict], out: Path) -> None:
+    """The table as CSV, and the two pictures."""
+    compare.write_csv(runs, out / "results.csv")
+    better, kept = {}, {}
+    for task in dict.fromkeys(run["task"] for run in runs):
+        better[task], kept[task] = [], []
+        for entry in (entry for entry in compare.entries_of(runs, task) if entry.rank is None):
+            mean, low, high = compare.bootstrap(list(compare.score_of(runs, task, entry).values()))
+            forgotten, *_ = compare.bootstrap(list(compare.score_of(runs, task, entry, "forgotten").values()))
+            parameters = [run["costs"].get("trainable_parameters") for run in runs if run["task"] == task and run["method"] == entry.method and run["base"] == entry.base]
+            if math.isfinite(mean):
+                low, high = (low, high) if math.isfinite(low) else (mean, mean)
+                better[task].append((entry.method, entry.base, parameters[0], mean, low, high))
+                kept[task].append((entry.method, entry.base, mean, forgotten))
+    for name, figure in (("quality.png", plots.quality(better)), ("forgetting.png", plots.forgetting(kept))):
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=110)
+        storage.write_atomically(out / name, picture.getvalue())
+
+
+def run_claims(args: argparse.Namespace) -> int:
+    content = compare.read(args.results)
+    print(f"{args.results.name}: {content['about']['command']}\n")
+    print(claims.report(content["runs"]))
+    return 0
+
+
+def run_capacity(args: argparse.Namespace) -> int:
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "capacity.json"
+    records = json.loads(file.read_text()) if file.exists() else []
+
+    def keep(record: dict) -> None:
+        records.append(record)
+        storage.write_atomically(file, ("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n").encode())
+
+    found = capacity.curve(args.facts, args.steps, args.seeds, list(records), keep=keep)
+    mine = [record for record in found if (record["count"], record["steps"]) == (args.facts, args.steps)]
+    for name, figure in (("capacity.png", plots.capacity(mine, capacity.BITS)), ("film.png", plots.rank_film(capacity.film()))):
+        picture = io.BytesIO()
+        figure.savefig(picture, dpi=110)
+        storage.write_atomically(args.out / name, picture.getvalue())
+    print(f"in {args.out}: {', '.join(sorted(file.name for file in args.out.iterdir()))}")
+    return 0
+
+
+def run_cost(args: argparse.Namespace) -> int:
+    shape, targets = shapes.shape(args.shape), args.targets.split(",") if args.targets else None
+    method = make_method(args.method, None if args.method == "full" else args.rank)
+    *lines, rest, total = measure.extrapolated(shape, method, targets, args.tokens, args.base_type)
+    print(f"{shape.name}: {shape.parameters:,} parameters, {args.base_type}; {args.method}{'' if args.method == 'full' else f', rank {args.rank}'}, {args.tokens:,} tokens\n")
+    head = ["layers", "in -> out", "count", "trained", "weights", "gradients", "AdamW", "alive", "GFLOP forward", "backward"]
+    there = {kind.name: kind for kind in shape.kinds}
+    rows = [head]
+    for line in (*lines, rest, total):
+        kind = there.get(line.name)
+        rows.append([line.name, f"{kind.into:,} -> {kind.out:,}" if kind else "", str(kind.count) if kind else "", f"{line.trainable:,}",
+                     *(mib(size) for size in (line.trained_bytes + line.frozen_bytes, line.gradient_bytes, line.optimizer_bytes, line.alive_bytes)),
+                     f"{line.forward_flops / 1e9:,.0f}", f"{line.backward_flops / 1e9:,.0f}"])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    print("\n".join("  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows))
+    print(f"\ntrained: {total.trainable:,} parameters ({total.trainable / shape.parameters:.4%}), {mib(4 * total.trainable)} in fp32, {mib(2 * total.trainable)} in fp16")
+    print("Bytes alive are those of the adapted layers. Weights count what stays beside an adapter too.")
+    if args.picture:
+        draw_costs(args, shape, targets)
+    return 0
+
+
+def draw_costs(args: argparse.Namespace, shape: shapes.Shape, targets: list[str] | None) -> None:
+    """A bar for each method on this shape: weights, gradients, AdamW's state, bytes alive in the adapted layers."""
+    bars = {}
+    for name in METHODS:
+        for base in ("fp16", "nf4"):
+            try:
+                total = measure.extrapolated(shape, make_method(name, None if name in ("full", "vera") else args.rank), targets, args.tokens, base)[-1]
+            except ValueError:                            # it cannot stand on that base
+                continue
+            if (name in compare.OWN_BASE) == (base == "nf4"):
+                bars[f"{name}, {base}"] = {"weights": (total.trained_bytes + total.frozen_bytes) / 2**30, "gradients": total.gradient_bytes / 2**30,
+                                           "AdamW": total.optimizer_bytes / 2**30, f"alive, {args.tokens:,} tokens": total.alive_bytes / 2**30}
+    picture = io.BytesIO()
+    plots.cost_bars(bars, f"{shape.name}, rank {args.rank}: memory of training").savefig(picture, dpi=110)
+    storage.write_atomically(args.picture, picture.getvalue())
+    print(f"drawn: {args.picture}")
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+
+
 def run_pretrain(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     model = on_best_device(ml.TinyGPT())
@@ -170,6 +321,14 @@ def run_pretrain(args: argparse.Namespace) -> int:
     checkpoint.unlink()
     print(f"tiny world, held out: {ml.held_out_loss(model, windows):.4f} nats per byte, floor {tiny.floor(windows):.4f}")
     return 0
+
+
+def task_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in data.TASKS:
+            raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(data.TASKS)})")
+    return list(dict.fromkeys(names))
 
 
 def method_name(text: str) -> str:
