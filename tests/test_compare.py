@@ -1,0 +1,300 @@
+"""The fair fight: what is drawn from which data, what is run once only, and the arithmetic of intervals and verdicts."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+import minilora as ml
+from minilora import capacity, claims, compare, data, plots
+from minilora.claims import Claim, judge, speed, verdict
+from minilora.compare import Entry, Results, Settings, at_budget, bootstrap, entries, paired, score_of
+
+LORA, VERA = Entry("lora"), Entry("vera")
+
+
+@pytest.fixture
+def base(tmp_path):
+    torch.manual_seed(0)
+    ml.storage.save_model(ml.TinyGPT(ml.GPTConfig(context=64, width=32, layers=2, heads=2)), tmp_path / "base.safetensors")
+    return tmp_path / "base.safetensors"
+
+
+def quietly(*_):
+    pass
+
+
+def one_line_tasks():
+    return {"voice": data.voice()}
+
+
+# Which data
+
+def documents(windows):
+    return {line for row in windows.tolist() for line in bytes(row).decode(errors="ignore").split("\n")[1:-1]}       # the last may be cut
+
+
+@pytest.mark.parametrize("make", [data.world, data.voice])
+def test_what_rates_are_chosen_on_is_not_what_is_reported(make):
+    task = make()
+    choosing = task.choosing()
+    ours, theirs = documents(task.held_out(400)), documents(choosing.held_out(400))
+    assert len(ours) > 100 and len(theirs) > 100 and not ours & theirs
+    rows = [{tuple(row) for row in windows.tolist()} for windows in (task.held_out(65), choosing.held_out(65))]
+    assert not rows[0] & rows[1]
+
+
+def test_sums_for_choosing_are_neither_asked_nor_told_elsewhere():
+    task = data.sums()
+    choosing = task.choosing()
+    asked, for_choice = {q for q, _ in task.questions}, {q for q, _ in choosing.questions}
+    assert for_choice and not asked & for_choice
+    numbers = {tuple(sorted(q.strip("\n=").split("+"))) for q in for_choice}
+    told = set()
+    for step in range(60):
+        x, _ = choosing.batches(16, 64, seed=step)(0)
+        told |= {tuple(sorted(line.split("=")[0].split("+"))) for row in x.tolist() for line in bytes(row).decode().split("\n")[1:-1]}
+    assert len(told) > 1000 and not told & numbers and not told & {tuple(sorted(q.strip("\n=").split("+"))) for q in asked}
+
+
+def test_facts_for_choosing_are_other_facts():
+    ours, theirs = (set(task.questions) for task in (data.facts(), data.facts().choosing()))
+    assert ours and theirs and not ours & theirs
+
+
+def test_text_for_choosing_ends_where_the_held_out_part_begins():
+    content = b"".join(b"line %d of a text\n" % i for i in range(600))
+    task = data.split_text(content, "t")
+    cut = len(content) * 9 // 10
+    held_out, for_choice = (b"".join(bytes(row) for row in windows.tolist()) for windows in (task.held_out(65), task.choosing().held_out(65)))
+    assert held_out in content[cut:] and for_choice in content[:cut]
+    windows = [task.choosing().window(Random(seed), 65) for seed in range(200)]
+    assert not any(window in for_choice for window in windows)
+
+
+# What is run
+
+def test_every_method_is_there_on_every_base_that_it_can_stand_on():
+    found = entries()
+    assert len(found) == len(set(found)) == 22
+    assert {entry.method for entry in found} == {*ml.methods.METHODS}
+    assert {entry.method for entry in found if entry.base == "fp32"} | {"qlora", "loftq", "qpissa"} == {*ml.methods.METHODS}
+    for entry in found:
+        model = entry.adapted(40)
+        assert ml.trainable_parameters(model) > 0
+        four_bits = [m for m in model.modules() if isinstance(m, ml.NF4Linear)]
+        assert (len(four_bits) == 24) == (entry.base == "nf4")
+
+
+def test_a_budget_is_met_within_a_tenth_or_the_method_stays_out():
+    found = at_budget(73_728, 40)
+    assert Entry("lora") in found and Entry("lora-fa", rank=16) in found and not any(entry.method in ("full", "vera") for entry in found)
+    for entry in found:
+        assert abs(ml.trainable_parameters(entry.adapted(40)) - 73_728) <= 7_373
+    assert Entry("vera", rank=192) in at_budget(9_216, 40) and at_budget(10, 40) == []
+
+
+def run(out, base, lineup=(LORA, VERA), seeds=2, quick=True, **settings):
+    return compare.compare(one_line_tasks(), seeds, out, Settings(10, base, **settings), list(lineup), quick, "test", quietly)
+
+
+def test_a_record_says_what_was_run_and_what_it_cost(tmp_path, base):
+    results = run(tmp_path / "out", base)
+    runs = results.content["runs"]
+    assert [(r["method"], r["seed"]) for r in runs] == [("lora", 0), ("lora", 1), ("vera", 0), ("vera", 1)]
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results.content
+    one, model = runs[0], Entry("lora").model(base)
+    method = ml.LoRA(8)
+    before = compare.bits(model, data.world())
+    ml.finetune(model, method, data.voice().batches(16, 64, 0), 10, one["lr"], 0, warmup=1, schedule="linear", progress=False)
+    assert one["scores"]["bits_per_byte"] == compare.bits(model, data.voice())
+    assert one["scores"]["forgotten"] == compare.bits(model, data.world()) - before
+    assert one["costs"]["trainable_parameters"] == ml.trainable_parameters(model)
+    assert one["costs"]["optimizer_bytes"] == 8 * ml.trainable_parameters(model) + 4 * 24 and one["costs"]["disk_bytes"] > 4 * ml.trainable_parameters(model)
+    assert runs[0]["lr"] == runs[1]["lr"] and set(results.content["about"]["versions"]) == {"python", "torch", "numpy"}
+
+
+def test_no_run_is_ever_made_twice(tmp_path, base, monkeypatch):
+    first = run(tmp_path, base, seeds=1)
+    made = []
+    train = Settings.run
+    monkeypatch.setattr(Settings, "run", lambda self, entry, task, lr, seed: made.append((entry, seed)) or train(self, entry, task, lr, seed))
+    again = run(tmp_path, base, seeds=1)
+    assert made == [] and again.content["runs"] == first.content["runs"]
+    run(tmp_path, base, seeds=2)
+    assert made == [(LORA, 1), (VERA, 1)]
+
+
+def test_a_comparison_that_was_killed_goes_on_where_it_was(tmp_path, base):
+    """Killed by SIGKILL between its runs and in them; what is left is whole and the end is the same."""
+    code = f"""
+import sys; sys.path.insert(0, {str(tmp_path)!r})
+from pathlib import Path
+from minilora import compare, data
+compare.compare({{"voice": data.voice()}}, 2, Path({str(tmp_path / "killed")!r}), compare.Settings(10, Path({str(base)!r})), [compare.Entry("lora"), compare.Entry("vera")], True, "test")
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child.stdout.readline()                                        # one run is finished
+    time.sleep(0.3)
+    child.kill()
+    child.wait()
+    left = compare.read(tmp_path / "killed" / "results.json")["runs"]
+    assert 1 <= len(left) <= 4
+    resumed, straight = run(tmp_path / "killed", base), run(tmp_path / "straight", base)
+    assert resumed.content["runs"][:len(left)] == left
+    assert [r["scores"] for r in resumed.content["runs"]] == [r["scores"] for r in straight.content["runs"]]
+
+
+def test_settings_and_files_that_do_not_fit_are_refused(tmp_path, base):
+    run(tmp_path, base, lineup=[LORA], seeds=1)
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(ValueError, match="a comparison with other settings"):
+        compare.compare(one_line_tasks(), 1, tmp_path, Settings(11, base), [LORA], True, "", quietly)
+    assert (tmp_path / "results.json").read_bytes() == before
+    for content in ("{}", "[]", "", "{\"about\": 1", "7"):
+        (tmp_path / "results.json").write_text(content)
+        with pytest.raises(ValueError, match="not a results file of compare"):
+            run(tmp_path, base)
+
+
+def test_the_search_takes_six_runs_and_the_best_of_its_finalists(tmp_path, monkeypatch):
+    curve = {0.00316: 3.0, 0.01: 2.0, 0.0316: 1.0, 0.1: 1.2}
+    made = []
+
+    def scored(self, entry, task, lr, seed):
+        made.append((lr, seed))
+        return {"bits_per_byte": None if lr not in curve else curve[lr] + (1.0 if (lr, seed) == (0.0316, 1001) else 0.0)}, None
+
+    monkeypatch.setattr(Settings, "run", scored)
+    results = Results(tmp_path / "results.json", {"settings": {}})
+    assert compare.search(LORA, "voice", data.voice(), Settings(10), results) == 0.1           # 0.0316 was lucky once
+    assert made == [(0.00316, 1000), (0.01, 1000), (0.0316, 1000), (0.1, 1000), (0.0316, 1001), (0.1, 1001)]
+    assert compare.search(LORA, "voice", data.voice(), Settings(10), results) == 0.1 and len(made) == 6
+    curve.clear()
+    curve.update({0.01: 1.0, 0.0316: 1.5, 0.0178: 0.8})
+    assert compare.search(LORA, "facts", data.facts(), Settings(10), results) == 0.0178        # halfway to the better neighbour; the rest diverged
+    assert len(made) == 12
+
+
+def test_a_run_that_diverges_is_a_record_and_not_a_crash(tmp_path, base):
+    scores, model = Settings(10, base).run(Entry("full"), data.voice(), 1e30, 0)
+    assert model is None and scores["bits_per_byte"] is None
+    runs = [{"method": "full", "base": "fp32", "rank": None, "task": "voice", "seed": 0, "lr": 1e30, "scores": scores, "costs": {}}]
+    assert "diverged" in compare.table(runs, "voice")
+
+
+# What is made of it
+
+def made_up(method, values, task="t", base="fp32", **scores):
+    return [{"method": method, "base": base, "rank": None, "task": task, "seed": seed, "lr": 0.1, "costs": {"trainable_parameters": 100},
+             "scores": {"bits_per_byte": value} | {name: series[seed] for name, series in scores.items()}} for seed, value in enumerate(values)]
+
+
+def test_differences_are_paired_by_seed():
+    runs = made_up("lora", [1.0, 2.0, 3.0]) + made_up("full", [0.5, 1.5, 2.5, 9.0])
+    assert paired(score_of(runs, "t", LORA), score_of(runs, "t", Entry("full"))) == [0.5, 0.5, 0.5]
+    shuffled = list(reversed(runs))
+    assert paired(score_of(shuffled, "t", LORA), score_of(shuffled, "t", Entry("full"))) == [0.5, 0.5, 0.5]
+    assert score_of(runs, "other", LORA) == {} and score_of(runs, "t", Entry("lora", "nf4")) == {}
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    dice = np.random.default_rng(0)
+    inside = sum(low <= 0 <= high for _, low, high in (bootstrap(dice.normal(size=20), 1000) for _ in range(400)))
+    assert 0.88 < inside / 400 < 0.97
+    mean, low, high = bootstrap([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3.0 and low == pytest.approx(1.8, abs=0.11) and high == pytest.approx(4.2, abs=0.11)
+    assert bootstrap([1.0, 2.0]) == bootstrap([1.0, 2.0]) and bootstrap([4.0]) == (4.0, -math.inf, math.inf)
+    assert math.isnan(bootstrap([1.0, math.nan])[0]) and bootstrap([])[1:] == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("low, high, line, expected", [
+    (0.1, 0.3, 0.0, "shown"), (-0.3, -0.1, 0.0, "contradicted"), (-0.1, 0.1, 0.0, "not shown at this scale"), (-0.04, 0.01, -0.05, "shown"),
+    (-0.06, 0.01, -0.05, "not shown at this scale"), (-0.2, -0.06, -0.05, "contradicted"), (0.0, 0.1, 0.0, "not shown at this scale"),
+    (-math.inf, math.inf, 0.0, "not shown at this scale"), (math.nan, math.nan, 0.0, "not shown at this scale"),
+])
+def test_a_verdict_follows_from_the_interval_alone(low, high, line, expected):
+    assert verdict(low, high, line) == expected
+
+
+def test_claims_on_made_up_runs_with_known_answers():
+    runs = made_up("full", [1.0, 1.1, 1.2, 1.3, 1.4], forgotten=[2.0] * 5) + made_up("lora", [1.2, 1.3, 1.4, 1.5, 1.6], forgotten=[1.0, 1.1, 1.0, 1.2, 1.1])
+    runs += made_up("delta-lora", [1.21, 1.29, 1.41, 1.49, 1.6]) + made_up("vera", [1.5, 1.6, 1.7, 1.8, 1.9]) + made_up("qlora", [1.21, 1.31, 1.41, 1.51, 1.61], base="nf4")
+    found = {claim.key: judge(claim, runs, "t") for claim in claims.CLAIMS if not claim.exact}
+    said = {key: result and result[-1] for key, result in found.items()}
+    assert said["learns_less"] == said["forgets_less"] == said["qlora_matches"] == "shown"
+    assert said["vera_matches"] == "contradicted" and said["delta_lora_better"] == "not shown at this scale"
+    assert found["learns_less"][0] == pytest.approx(0.2) and said["adalora_better"] is None
+    assert "the runs are not there" in claims.report(runs) and claims.report(runs).count("contradicted") == 2            # and ten times fewer: of made-up counts that are equal
+
+
+def test_speed_is_when_the_others_last_loss_is_reached():
+    runs = made_up("lora", [1, 1, 1], training=[[5, 4, 3, 2]] * 3) + made_up("pissa", [1, 1, 1], training=[[4, 2, 1, 1], [5, 4, 3, 2], [9, 9, 9, 9]])
+    assert speed(Entry("pissa"), LORA)(runs, "t") == [2.0, 1.0, 0.0]
+
+
+def test_claims_by_formula_hold():
+    for claim in (claim for claim in claims.CLAIMS if claim.exact and claim.key != "vera_ten_times_fewer"):
+        assert judge(claim, [], "t")[-1] == "shown", claim.key
+    assert len({claim.key for claim in claims.CLAIMS}) == len(claims.CLAIMS)
+
+
+def test_a_table_has_a_row_for_each_and_is_best_first():
+    runs = made_up("lora", [1.2, 1.3]) + made_up("full", [1.0, 1.1]) + made_up("vera", [2.0, 2.2])
+    rows = compare.table(runs, "t").splitlines()
+    assert [row.split()[0] for row in rows] == ["method", "full", "lora", "vera"] and "+0.200 [" in rows[2]
+
+
+def test_pictures_and_csv_show_every_entry(tmp_path):
+    points = {"voice": [("lora", "fp32", 1000, 1.0, 0.9, 1.1), ("vera", "nf4", 100, 1.4, 1.3, 1.5)]}
+    texts = [text.get_text() for text in plots.quality(points).axes[0].texts]
+    assert {"lora", "vera"} == set(texts)
+    assert {"lora", "vera"} == {t.get_text() for t in plots.forgetting({"v": [("lora", "fp32", 1.0, 0.5), ("vera", "nf4", 1.4, 0.1)]}).axes[0].texts}
+    compare.write_csv(made_up("lora", [1.2, 1.3]), tmp_path / "r.csv")
+    lines = (tmp_path / "r.csv").read_text().splitlines()
+    assert len(lines) == 3 and lines[0].startswith("method,base,rank,task,seed,lr,bits_per_byte")
+
+
+# The capacity curve and the film
+
+def test_bits_held_are_none_before_and_all_after_learning_by_heart():
+    model, facts = ml.load_base(), data.invented(4)
+    assert capacity.BITS == pytest.approx(math.log2(14 * 18)) and capacity.bits_held(model, facts) < 4
+    told = [f"\n{name} has a {thing}.\n".encode().ljust(64, b"\n")[:64] for name, thing in facts]
+    batch = torch.tensor([list(row) for row in told])
+    ml.finetune(model, ml.LoRA(8), lambda step: (batch[:, :-1], batch[:, 1:]), 60, 1e-2, progress=False)
+    assert capacity.bits_held(model, facts) == pytest.approx(4 * capacity.BITS, abs=1.0)
+
+
+def test_bits_held_by_hand():
+    model, (fact,) = ml.load_base(), data.invented(1, seed=3)
+    question, answer = f"\n{fact[0]} has a ".encode(), f"{fact[1]}.\n".encode()
+    logp = 0.0
+    for end in range(len(answer)):
+        logits = model(torch.tensor([list(question + answer[:end])]))[0, -1].double()
+        logp += torch.log_softmax(logits, -1)[answer[end]].item()
+    assert capacity.bits_held(model, [fact]) == pytest.approx(max(0.0, capacity.BITS + logp / math.log(2)), abs=1e-3)
+
+
+def test_the_film_ends_at_the_target_and_follows_the_budget():
+    film = capacity.film(steps=20, frames=3)
+    assert film["steps"] == [0, 10, 20] and len(film["names"]) == 24 and len(film["budget"]) == 20
+    assert sum(film["kept"][0]) == 24 * 12 and sum(film["kept"][-1]) == film["budget"][-1] == 24 * 8
+    axes = plots.rank_film(film).axes
+    assert len(axes) == 4
+
+
+def test_the_curve_runs_nothing_twice(monkeypatch):
+    monkeypatch.setattr(capacity, "RANKS", (1,))
+    monkeypatch.setattr(capacity, "OTHERS", (("full", None),))
+    kept = []
+    records = capacity.curve(8, 2, 1, say=quietly, keep=kept.append)
+    assert records == kept and [(r["method"], r["parameters"] > 0) for r in records] == [("lora", True), ("full", True)]
+    assert capacity.curve(8, 2, 1, done=records, say=quietly, keep=kept.append) == records and len(kept) == 2
+    assert len(plots.capacity(records, capacity.BITS).axes) == 2
