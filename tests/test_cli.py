@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import minilora as ml
+from minilora import capacity, claims
 from minilora.__main__ import main
 from minilora.methods import METHODS
 from minilora.storage import save_model
@@ -315,3 +317,62 @@ def test_pretraining_runs_and_its_file_is_a_base(tmp_path, capsys):
     assert "floor" in capsys.readouterr().out
     assert ml.load_base(tmp_path / "made.safetensors").config == ml.GPTConfig()
     assert files(tmp_path) == ["made.safetensors"]
+
+
+def test_compare_on_a_text_of_ones_own_is_made_once(base, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("".join(f"Line {i} says that {i} and {i + 1} are neighbours.\n" for i in range(90)))
+    flags = ["compare", "--text", str(tmp_path / "mine.txt"), "--quick", "--steps", "10", "--base", base, "--out", str(tmp_path / "out")]
+    assert main(flags) == 0
+    first = capsys.readouterr().out
+    assert files(tmp_path / "out") == ["forgetting.png", "quality.png", "results.csv", "results.json"]
+    rows = [line.split("  ")[0] for line in first.split("fine-tuning's")[1].splitlines()[2:24]]
+    assert {*METHODS} <= {*rows} and "dora on nf4" in rows and len(rows) == len(set(rows)) == 22
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    assert main(flags) == 0
+    second = capsys.readouterr().out
+    assert "seed 0:" in first and "seed 0:" not in second and (tmp_path / "out" / "results.json").read_bytes() == before
+    assert main([*flags[:5], "12", *flags[6:]]) == 2 and "other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--task", "voice,chess"], "invalid choice: 'chess' (choose from voice, facts, sums)"), (["--seeds", "0"], "at least 1"), (["--steps", "5"], "at least 10"),
+    (["--text", "nowhere.txt"], "nowhere.txt: cannot be read"),
+])
+def test_bad_flags_of_compare(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) if "nowhere.txt" not in flags else nullcontext():
+        assert main(["compare", *flags, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err and files(tmp_path) == []
+
+
+def test_claims_are_judged_from_the_published_results(capsys, tmp_path):
+    assert main(["claims"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{claim.key}: " in out for claim in claims.CLAIMS) and "python -m minilora compare" in out and "the runs are not there" not in out
+    assert main(["claims", "--results", str(tmp_path / "none.json")]) == 2 and "not a results file" in capsys.readouterr().err
+
+
+def test_capacity_writes_its_records_and_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(capacity, "RANKS", (1, 2))
+    monkeypatch.setattr(capacity, "OTHERS", ())
+    monkeypatch.setattr(capacity, "film", lambda: {"steps": [0, 1], "names": ["blocks.0.a.q_proj"], "kept": [[3], [2]], "budget": [3, 2], "most": 3})
+    flags = ["capacity", "--facts", "4", "--steps", "10", "--seeds", "1", "--out", str(tmp_path / "c")]
+    assert main(flags) == 0 and "seed 0" in capsys.readouterr().out
+    assert files(tmp_path / "c") == ["capacity.json", "capacity.png", "film.png"] and len(json.loads((tmp_path / "c" / "capacity.json").read_text())) == 2
+    assert main(flags) == 0 and "seed 0" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, trained", [(["--targets", "query_key_value"], "3,670,016"), ([], "14,680,064"), (["--base", "nf4", "--method", "dora"], "15,712,256"),
+                                            (["--method", "full"], "6,173,286,400")])
+def test_cost_of_chatglm(flags, trained, capsys, tmp_path):
+    assert main(["cost", "--shape", "chatglm-6b", "--method", "lora", "--rank", "8", *flags, "--picture", str(tmp_path / "bars.png")]) == 0
+    out = capsys.readouterr().out
+    assert f"trained: {trained}" in out and (tmp_path / "bars.png").read_bytes()[:4] == b"\x89PNG"
+    if "--targets" in flags:
+        assert "14.0 MiB in fp32, 7.0 MiB in fp16" in out
+
+
+def test_cost_of_a_config_and_of_nothing_known(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 48, "n_layer": 2, "vocab_size": 100, "n_positions": 16}))
+    assert main(["cost", "--shape", str(tmp_path / "config.json"), "--rank", "4"]) == 0 and "c_attn" in capsys.readouterr().out
+    assert main(["cost", "--shape", "gpt-9"]) == 2 and "known are chatglm-6b" in capsys.readouterr().err
+    assert main(["cost", "--shape", "llama-7b", "--targets", "qkv"]) == 2 and "it has down_proj" in capsys.readouterr().err
