@@ -18,15 +18,16 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from minilora import data, storage
-from minilora.adapter import adapt, trainable_parameters
+from minilora.adapter import adapt, find_targets, trainable_parameters
 from minilora.gpt import TinyGPT, load_base
-from minilora.measure import bytes_alive, disk_bytes, ledger
+from minilora.measure import COSTS, bytes_alive, disk_bytes, ledger
 from minilora.methods import METHODS, RATES, make_method
 from minilora.quant.linear import quantize
 from minilora.training import exact_match, finetune, held_out_loss, next_byte_loss
@@ -64,25 +65,18 @@ def entries() -> list[Entry]:
 
 def at_budget(budget: int, steps: int, within: float = 0.1, largest: int = 512) -> list[Entry]:
     """Every entry at the rank that brings it nearest to `budget` trainable parameters, if that is within a tenth of it."""
-    found = []
+    sizes, found = [(linear.out_features, linear.in_features) for linear in find_targets(load_base()).values()], []
     for entry in entries():
         if entry.method == "full":
             continue
-        counts: dict[int, int] = {}
+        highest = largest if entry.method == "vera" else min(map(min, sizes))
 
         def count(rank: int) -> int:
-            if rank not in counts:
-                try:
-                    counts[rank] = trainable_parameters(Entry(entry.method, "fp32" if entry.method in OWN_BASE else entry.base, rank).adapted(steps))
-                except ValueError:                     # above what the smallest layer can hold
-                    counts[rank] = 2**62
-            return counts[rank]
+            method = make_method(entry.method, rank, steps=steps)
+            return sum(prod(shape) for o, i in sizes for shape in COSTS[type(method)].trained(method, o, i).values())
 
-        low, high = 1, largest
-        while low < high:                              # the first rank at or above the budget: counts grow with the rank
-            middle = (low + high) // 2
-            low, high = (low, middle) if count(middle) >= budget else (middle + 1, high)
-        rank = min((r for r in (low, low - 1) if r), key=lambda r: abs(count(r) - budget))
+        ranks = range(1, highest + 1 if entry.method != "adalora" else highest * 2 // 3 + 1)         # AdaLoRA begins with half as much again
+        rank = min(ranks, key=lambda rank: (abs(count(rank) - budget), -rank))
         if abs(count(rank) - budget) <= within * budget:
             usual = make_method(entry.method, rank, steps=steps) == make_method(entry.method, steps=steps)
             found.append(entry if usual else Entry(entry.method, entry.base, rank))
