@@ -141,7 +141,7 @@ def merge_survival(ratios: list[float], shares: dict[tuple[str, str], list[float
 
 def quality(points: dict[str, list[tuple[str, str, float, float, float, float]]]) -> Figure:
     """Held-out bits per byte against trainable parameters. task: (method, base, parameters, mean, low, high) of each entry."""
-    figure = Figure(figsize=(6.2 * len(points), 4.8), layout="constrained")
+    figure = Figure(figsize=(6.6 * len(points), 6), layout="constrained")
     for axes, (task, entries) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items()):
         for method, base, parameters, mean, low, high in entries:
             color = BLUE if base == "fp32" else VERMILION
@@ -156,7 +156,7 @@ def quality(points: dict[str, list[tuple[str, str, float, float, float, float]]]
 
 def forgetting(points: dict[str, list[tuple[str, str, float, float]]]) -> Figure:
     """What was forgotten against what was learned. task: (method, base, bits per byte held out, bits per byte more on the tiny world)."""
-    figure = Figure(figsize=(6.2 * len(points), 4.8), layout="constrained")
+    figure = Figure(figsize=(6.6 * len(points), 6), layout="constrained")
     for axes, (task, entries) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items()):
         for method, base, learned, forgotten in entries:
             axes.plot(learned, forgotten, marker="o" if base == "fp32" else "s", color=BLUE if base == "fp32" else VERMILION, markersize=5)
@@ -174,20 +174,20 @@ def _bases(figure: Figure) -> None:
 
 
 def _label(axes, points: list[tuple[str, float, float, str]], log: bool = False) -> None:
-    """A name beside each point, moved up or down until it covers no other name."""
+    """A name beside each point, moved up or down until it covers no other name; a thin line leads back."""
     axes.margins(0.16, 0.1)
-    heights = [y for _, _, y, _ in points]
-    gap = (max(heights) - min(heights) or 1) / 26
-    taken: list[tuple[float, float]] = []
     position = math.log10 if log else float
-    across = [position(x) for _, x, _, _ in points]
-    reach = (max(across) - min(across) or 1) * 0.28
-    for name, x, y, color in sorted(points, key=lambda point: point[2]):
-        place = y
-        while any(abs(position(x) - other) < reach and abs(place - height) < gap for other, height in taken):
-            place += gap / 4
+    across, heights = [position(x) for _, x, _, _ in points], [y for _, _, y, _ in points]
+    reach, gap = (max(across) - min(across) or 1) * 0.26, (max(heights) - min(heights) or 1) / 30
+    taken: list[tuple[float, float]] = []
+    for name, x, y, color in sorted(points, key=lambda point: (point[1], point[2])):
+        steps = (sign * step / 2 for step in range(200) for sign in (1, -1))
+        place = next(y + step * gap for step in steps
+                     if not any(abs(position(x) - other) < reach and abs(y + step * gap - height) < gap for other, height in taken))
         taken.append((position(x), place))
-        axes.annotate(name, (x, y), xytext=(x * 1.06 if log else x + reach / 24, place), fontsize=8, color=color, va="center")
+        shifted = position(x) + reach / 5
+        axes.annotate(name, (x, y), xytext=(10**shifted if log else shifted, place), fontsize=8, color=color, va="center",
+                      arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.4, "shrinkA": 1, "shrinkB": 2})
 
 
 def capacity(records: list[dict], bits_each: float) -> Figure:
