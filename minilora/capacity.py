@@ -73,7 +73,7 @@ def film(steps: int = 200, frames: int = 8, task: str = "voice", seed: int = 0) 
         kept.append([int(layer.kept.sum()) for _, layer in adapters(model)])
         return 0.0
 
-    every = max(1, steps // (frames - 1))
+    every = -(-steps // (frames - 1))
     history = finetune(model, method, data.TASKS[task]().batches(16, 64, seed), steps, RATES["adalora"], seed, evaluate=look, evaluate_every=every,
                        warmup=steps // 10, schedule="linear", progress=False)
     names = [name for name, _ in adapters(model)]
