@@ -104,8 +104,8 @@ def parser() -> Parser:
     trial.set_defaults(run=run_claims)
 
     memory = commands.add_parser("capacity", help="facts remembered against rank, and AdaLoRA's ranks as a film")
-    memory.add_argument("--facts", type=whole(2), default=256)
-    memory.add_argument("--steps", type=whole(10), default=300)
+    memory.add_argument("--facts", type=whole(2), default=128)
+    memory.add_argument("--steps", type=whole(10), default=800)
     memory.add_argument("--seeds", type=whole(1), default=3)
     memory.add_argument("--out", type=Path, required=True, metavar="DIR")
     memory.set_defaults(run=run_capacity)

@@ -39,7 +39,7 @@ def bits_held(model, facts: Sequence[tuple[str, str]]) -> float:
     return max(0.0, bits)
 
 
-def curve(count: int = 256, steps: int = 300, seeds: int = 3, done: Sequence[dict] = (), say: Callable[[str], None] = print,
+def curve(count: int = 128, steps: int = 800, seeds: int = 3, done: Sequence[dict] = (), say: Callable[[str], None] = print,
           keep: Callable[[dict], None] = lambda record: None) -> list[dict]:
     """One record for each method, rank and seed: how many of `count` facts it answers and how many bits it holds. `done` is not run again."""
     records = list(done)
