@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from minilora import data
-from minilora.adapter import adapt, adapters, trainable_parameters
+from minilora.adapter import adapters, trainable_parameters
 from minilora.gpt import load_base
 from minilora.methods import RATES, make_method
-from minilora.methods.adalora import AdaLoRA
 from minilora.training import exact_match, finetune
 
 RANKS = (1, 2, 4, 8, 16, 32)
@@ -65,8 +64,6 @@ def film(steps: int = 200, frames: int = 8, task: str = "voice", seed: int = 0) 
     Returns {"steps": [...], "names": [...], "kept": [[per layer] per frame], "budget": [per step], "most": initial rank}.
     """
     model, method = load_base(), make_method("adalora", steps=steps)
-    assert isinstance(method, AdaLoRA)
-    adapt(model, method)
     kept = []
 
     def look(model) -> float:

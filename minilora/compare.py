@@ -10,6 +10,7 @@ Every finished run is in the results file at once, and none is ever made twice: 
 """
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -124,6 +125,12 @@ class Results:
             if was["settings"] != common["settings"]:
                 raise ValueError(f"{path} holds a comparison with other settings ({was['settings']}, not {common['settings']}); take another --out")
 
+    def same_data(self, name: str, task: data.Task) -> None:
+        """A text may change and keep its name: then what is here was made from something else."""
+        digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in (task.held_out(CONTEXT + 1), *task.batches(ROWS, CONTEXT)(0)))).hexdigest()[:12]
+        if self.content["about"].setdefault("tasks", {}).setdefault(name, digest) != digest:
+            raise ValueError(f"{self.path} holds runs on other data named {name!r}; take another --out")
+
     def find(self, part: str, **key) -> dict | None:
         return next((record for record in self.content[part] if all(record[name] == value for name, value in key.items())), None)
 
@@ -136,10 +143,11 @@ def read(path: Path) -> dict:
     """A results file. Raises ValueError naming it where it is not one."""
     try:
         content = json.loads(path.read_text())
-        assert {"about", "search", "runs"} <= content.keys()
-        return content
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AssertionError, AttributeError):
-        raise ValueError(f"{path}: not a results file of compare; remove it, or take another --out") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        content = None
+    if not isinstance(content, dict) or not {"about", "search", "runs"} <= content.keys():
+        raise ValueError(f"{path}: not a results file of compare; remove it, or take another --out")
+    return content
 
 
 def write(path: Path, content: dict) -> None:
@@ -223,13 +231,15 @@ def compare(tasks: dict[str, data.Task], seeds: int, out: Path, settings: Settin
             say: Callable[[str], None] = print) -> Results:
     """Every entry on every task, seeds 0 to `seeds` - 1. quick: rates as published, no search. What `out` holds already is not run again.
 
-    Raises ValueError where `out` holds a comparison with other settings, or something else under its name.
+    Raises ValueError where `out` holds a comparison with other settings, another base or other data under the same name, or no comparison.
     """
-    common = {"command": command, "settings": {"steps": settings.steps, "rows": ROWS, "context": CONTEXT, "base": str(settings.base or "shipped"), "quick": quick},
+    base = storage.base_fingerprint(load_base(settings.base))
+    common = {"command": command, "settings": {"steps": settings.steps, "rows": ROWS, "context": CONTEXT, "base": base[:12], "quick": quick},
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
     out.mkdir(parents=True, exist_ok=True)
     results, prices = Results(out / "results.json", common), {}
     for name, task in tasks.items():
+        results.same_data(name, task)
         for entry in lineup:
             wanted = [{**asdict(entry), "task": name, "seed": seed} for seed in range(seeds)]
             missing = [key for key in wanted if not results.find("runs", **key)]
@@ -290,10 +300,10 @@ def table(runs: list[dict], task: str, budget: list[Entry] | None = None) -> str
         cells = [str(entry), f"{mine[0]['lr']:.2g}", interval(mean, low, high), "" if entry.method == "full" else interval(behind, worst, best, "+.3f")]
         cells += [f"{100 * bootstrap(list(score_of(runs, task, entry, 'exact_match').values()))[0]:.1f}"] * asks
         cells += [f"{bootstrap(list(score_of(runs, task, entry, 'forgotten').values()))[0]:+.2f}", f"{costs.get('trainable_parameters', 0):,}"]
-        cells += [f"{costs[key] / 1024:,.0f}" if key in costs else "" for key in ("weight_bytes", "optimizer_bytes", "alive_bytes", "disk_bytes")]
+        cells += [f"{costs[key] / 1024:,.0f}" if key in costs else "" for key in ("weight_bytes", "gradient_bytes", "optimizer_bytes", "alive_bytes", "disk_bytes")]
         cells += [f"{costs['step_ratio']:.2f}" if "step_ratio" in costs else ""]
         rows.append((math.inf if math.isnan(mean) else mean, cells))
-    head = ["method", "rate", "bits per byte", "behind full", *["answered %"] * asks, "forgotten", "trained", "weights", "AdamW", "alive", "file", "time"]
+    head = ["method", "rate", "bits per byte", "behind full", *["answered %"] * asks, "forgotten", "trained", "weights", "gradients", "AdamW", "alive", "file", "time"]
     lines = [head, *(cells for _, cells in sorted(rows, key=lambda row: row[0]))]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join("  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(line, widths))).rstrip()

@@ -206,10 +206,7 @@ class PiSSACost(LoRACost):
 
 class FullCost(LoRACost):
     def trained(self, m, o, i):
-        return {"weight": (o, i)}                               # and the bias, which `parameters` adds
-
-    def saved(self, m, o, i):
-        return {"weight": (o, i)}
+        return {"weight": (o, i)}                               # and the bias, which `formula` adds
 
     def alive(self, m, o, i, n, e, f):
         return n * i * e

@@ -78,7 +78,8 @@ def finetune(
     if checkpoint is not None:
         layers = [name for name, _ in adapters(model)] or ([] if method.trains_base else list(find_targets(model, targets)))
         identity = {"method": repr(method), "steps": steps, "lr": lr, "seed": seed, "weight decay": weight_decay, "warmup": warmup,
-                    "schedule": schedule, "optimizer": getattr(optimizer, "func", optimizer).__name__, "adapted layers": layers, "base": "" if method.trains_base else base_fingerprint(model)}
+                    "schedule": schedule, "optimizer": getattr(optimizer, "func", optimizer).__name__, "adapted layers": layers,
+                    "base": "" if method.trains_base else base_fingerprint(model)}
         saved = _saved_state(Path(checkpoint), identity, batches)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):     # the caller's random numbers stay what they were
         torch.manual_seed(seed)

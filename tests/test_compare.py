@@ -157,6 +157,14 @@ def test_settings_and_files_that_do_not_fit_are_refused(tmp_path, base):
     with pytest.raises(ValueError, match="a comparison with other settings"):
         compare.compare(one_line_tasks(), 1, tmp_path, Settings(11, base), [LORA], True, "", quietly)
     assert (tmp_path / "results.json").read_bytes() == before
+    torch.manual_seed(1)
+    other = base.with_name("other.safetensors")
+    ml.storage.save_model(ml.TinyGPT(ml.GPTConfig(context=64, width=32, layers=2, heads=2)), other)
+    with pytest.raises(ValueError, match="a comparison with other settings"):                  # another base
+        run(tmp_path, other, lineup=[LORA], seeds=1)
+    with pytest.raises(ValueError, match="runs on other data named 'voice'"):                   # another text of the same name
+        compare.compare({"voice": data.world()}, 1, tmp_path, Settings(10, base), [LORA], True, "", quietly)
+    assert (tmp_path / "results.json").read_bytes() == before
     for content in ("{}", "[]", "", "{\"about\": 1", "7"):
         (tmp_path / "results.json").write_text(content)
         with pytest.raises(ValueError, match="not a results file of compare"):
@@ -287,6 +295,7 @@ def test_the_film_ends_at_the_target_and_follows_the_budget():
     film = capacity.film(steps=20, frames=3)
     assert film["steps"] == [0, 10, 20] and len(film["names"]) == 24 and len(film["budget"]) == 20
     assert sum(film["kept"][0]) == 24 * 12 and sum(film["kept"][-1]) == film["budget"][-1] == 24 * 8
+    assert capacity.film(steps=20, frames=2)["kept"][-1] == film["kept"][-1]          # looking changes nothing, and the seed is all there is
     axes = plots.rank_film(film).axes
     assert len(axes) == 4
 
