@@ -18,6 +18,6 @@ from minilora.quant.autopsy import Autopsy, merge_autopsy, survival
 from minilora.quant.paged import PagedAdamW
 from minilora.methods.qlora import QLoRA
 from minilora.methods.loftq import LoftQ, LoftQLinear, QPiSSA
-from minilora.training import exact_match, finetune, held_out_loss, next_byte_loss
+from minilora.training import answer_loss, exact_match, finetune, held_out_loss, next_byte_loss
 from minilora.storage import load_adapter, save_adapter
 from minilora import data

@@ -93,7 +93,7 @@ def parser() -> Parser:
     source.add_argument("--task", type=task_names, default=["voice"], help="comma-separated: voice, facts, sums (default: voice)")
     fight.add_argument("--quick", action="store_true", help="one seed, 40 steps, and the learning rates of the published search")
     fight.add_argument("--seeds", type=whole(1), help="runs of each method (default: 5, quick 1)")
-    fight.add_argument("--steps", type=whole(10), help="of training (default: 100, quick 40)")
+    fight.add_argument("--steps", type=whole(10), help="of training (default: 100, quick 40); where a task asks questions, twice as many of half the size")
     fight.add_argument("--budget", type=whole(1), metavar="PARAMS", help="and again, all with about so many trainable parameters")
     fight.add_argument("--claims", action="store_true", help="also what the papers' claims need, and the verdicts")
     fight.add_argument("--out", type=Path, metavar="DIR", help="results go there; a comparison that was stopped goes on (default: runs/compare)")
@@ -196,8 +196,8 @@ def run_merge(args: argparse.Namespace) -> int:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    tasks = {args.text.name: data.text(args.text)} if args.text else {name: data.TASKS[name]() for name in args.task}
-    settings = compare.Settings(args.steps or (40 if args.quick else 100), args.base)
+    tasks = {args.text.name: data.text(args.text)} if args.text else {name: compare.TASKS[name]() for name in args.task}
+    settings = compare.Settings(args.steps or (40 if args.quick else 100), base=args.base)
     out, seeds = args.out or Path("runs/compare"), args.seeds or (1 if args.quick else 5)
     budget = compare.at_budget(args.budget, settings.steps) if args.budget else []
     lineup = list(dict.fromkeys([*compare.entries(), *budget, *(claims.LINEUP if args.claims else ())]))

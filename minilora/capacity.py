@@ -9,33 +9,27 @@ the right thing, asked in the words it was told in, says how many of them it hol
 import math
 from collections.abc import Callable, Sequence
 
-import torch
-import torch.nn.functional as F
-
 from minilora import data
 from minilora.adapter import adapters, trainable_parameters
 from minilora.gpt import load_base
 from minilora.methods import RATES, make_method
-from minilora.training import exact_match, finetune
+from minilora.training import answer_loss, exact_match, finetune
 
 RANKS = (1, 2, 4, 8, 16, 32)
 OTHERS = (("lora-fa", 16), ("vera", 64), ("vera", 256), ("full", None))
 BITS = math.log2(len(data.SLOTS["look"]) * len(data.SLOTS["thing"]))
 
 
-@torch.no_grad()
+def questions(facts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Each fact in the words it was told in: (what comes before the thing, the thing)."""
+    return [(f"\n{name} has a ", f"{thing}.\n") for name, thing in facts]
+
+
 def bits_held(model, facts: Sequence[tuple[str, str]]) -> float:
     """Bits of the facts that the model holds, by the formula above."""
-    model.eval()
-    bits = 0.0
-    for start in range(0, len(facts), 64):
-        part = [(f"\n{name} has a ".encode(), f"{thing}.\n".encode()) for name, thing in facts[start:start + 64]]
-        longest = max(len(question + answer) for question, answer in part)
-        ids = torch.tensor([list((question + answer).ljust(longest, b"\n")) for question, answer in part])
-        logp = F.log_softmax(model(ids[:, :-1]).double(), dim=-1).gather(2, ids[:, 1:, None])[..., 0]      # (rows, longest - 1)
-        for row, (question, answer) in enumerate(part):
-            bits += BITS + logp[row, len(question) - 1:len(question + answer) - 1].sum().item() / math.log(2)
-    return max(0.0, bits)
+    asked = questions(facts)
+    missing = answer_loss(model, asked) / math.log(2) * sum(len(thing.encode()) for _, thing in asked)
+    return max(0.0, BITS * len(facts) - missing)
 
 
 def curve(count: int = 128, steps: int = 800, seeds: int = 3, done: Sequence[dict] = (), say: Callable[[str], None] = print,
@@ -50,7 +44,7 @@ def curve(count: int = 128, steps: int = 800, seeds: int = 3, done: Sequence[dic
             facts, model = data.invented(count, seed), load_base()
             finetune(model, make_method(method, rank, steps=steps), data.facts(count, seed).batches(16, 64, seed), steps, RATES[method], seed,
                      warmup=steps // 10, schedule="linear", progress=False)
-            remembered = exact_match(model, [(f"\n{name} has a ", f"{thing}.\n") for name, thing in facts])
+            remembered = exact_match(model, questions(facts))
             record = key | {"lr": RATES[method], "parameters": trainable_parameters(model), "remembered": remembered, "bits": bits_held(model, facts)}
             records.append(record)
             keep(record)

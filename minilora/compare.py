@@ -1,10 +1,12 @@
 """The fair fight: full fine-tuning and every method, on dense and on 4-bit bases, for one task after another.
 
-    rate      each method its own, from six runs on `task.choosing()`, whose held-out part has nothing of the task's: three rates half a
-              decade apart, a fourth beside the best (beyond it at the edge, else halfway to its better neighbour), and the best two
-              of these again with another seed
+    run       reads 1,600 windows of 64 bytes, whatever the method. Where a task asks questions, in twice as many steps of half the size
+    score     bits per byte of the held-out part; where it asks, of the answers alone: no model can guess what will be asked
+    rate      each method its own, from eight runs on `task.choosing()`, whose held-out part has nothing of the task's: three rates half
+              a decade apart; two more, each where the best so far has most room beside it; and the best three of the five again with
+              another seed, for a rate that is lucky once is not a good one
     report    on the task's held-out part, at that rate. A seed means the same batches for every method, so differences are paired
-    interval  bootstrap over the seeds' differences: 95 % of 10,000 resamples
+    interval  bootstrap over the seeds' differences, widened for so few of them: 95 %
 
 Every finished run is in the results file at once, and none is ever made twice: a comparison that was stopped goes on where it was.
 """
@@ -18,7 +20,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -31,12 +34,14 @@ from minilora.gpt import TinyGPT, load_base
 from minilora.measure import COSTS, bytes_alive, disk_bytes, ledger
 from minilora.methods import METHODS, RATES, make_method
 from minilora.quant.linear import quantize
-from minilora.training import exact_match, finetune, held_out_loss, next_byte_loss
+from minilora.training import answer_loss, exact_match, finetune, held_out_loss, next_byte_loss
 
 OWN_BASE = ("qlora", "loftq", "qpissa")                # these put the base in four bits themselves
 PUBLISHED = Path(__file__).with_name("published.json")
-ROWS, CONTEXT = 16, 64
+CONTEXT = 64
 SEARCH_SEEDS = (1000, 1001)                             # which no report uses
+HALF_A_DECADE = math.sqrt(10)
+TASKS = {"voice": data.voice, "facts": lambda: data.facts(16), "sums": lambda: data.sums(20)}      # so much as runs of this length can learn
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,9 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """Every method on every base that it can stand on: full fine-tuning and Delta-LoRA must move W; LoRA in four bits is QLoRA."""
-    return [*(Entry(name) for name in METHODS if name not in OWN_BASE),
-            *(Entry(name, "nf4") for name in METHODS if name not in ("full", "delta-lora", "lora"))]
+    """Every method on every base that it can stand on: full fine-tuning and Delta-LoRA must move W. QLoRA is LoRA on nf4 with its
+    paper's alpha and dropout."""
+    return [*(Entry(name) for name in METHODS if name not in OWN_BASE), *(Entry(name, "nf4") for name in METHODS if name not in ("full", "delta-lora"))]
 
 
 def at_budget(budget: int, steps: int, within: float = 0.1, largest: int = 512) -> list[Entry]:
@@ -89,28 +94,47 @@ class Settings:
     """What the runs of one comparison have in common."""
 
     steps: int = 100
+    rows: int = 16
     base: Path | None = None
 
-    def run(self, entry: Entry, task: data.Task, lr: float, seed: int) -> tuple[dict, TinyGPT | None]:
-        """Train once. Returns the scores, with None for each where the loss stopped being finite, and the model."""
+    def on(self, task: data.Task) -> "Settings":
+        """The same for this task: what is asked about has to be read often, so smaller steps and more of them."""
+        return replace(self, steps=2 * self.steps, rows=self.rows // 2) if task.questions else self
+
+    def train(self, entry: Entry, task: data.Task, lr: float, seed: int) -> tuple[TinyGPT, list[float]]:
+        """One run. Returns the model and its training loss; raises FloatingPointError where that stops being finite."""
         model, method = entry.model(self.base), make_method(entry.method, entry.rank, steps=self.steps)
+        history = finetune(model, method, task.batches(self.rows, CONTEXT, seed), self.steps, lr, seed, warmup=self.steps // 10, schedule="linear", progress=False)
+        return model, history["loss"]
+
+    def trial(self, entry: Entry, task: data.Task, lr: float, seed: int) -> float | None:
+        """The score of one run, None where it diverged."""
+        try:
+            score = bits(self.train(entry, task, lr, seed)[0], task)
+        except FloatingPointError:
+            return None
+        return score if math.isfinite(score) else None
+
+    def run(self, entry: Entry, task: data.Task, lr: float, seed: int) -> tuple[dict, TinyGPT | None]:
+        """All the scores of one run, None for each where it diverged; and the model."""
         names = ["bits_per_byte", "world_bits_per_byte", "forgotten"] + ["exact_match"] * bool(task.questions)
         try:
-            before = bits(model, data.world())
-            history = finetune(model, method, task.batches(ROWS, CONTEXT, seed), self.steps, lr, seed, warmup=self.steps // 10, schedule="linear", progress=False)
+            model, loss = self.train(entry, task, lr, seed)
+            score = bits(model, task)
         except FloatingPointError:
+            score = math.nan
+        if not math.isfinite(score):
             return dict.fromkeys(names), None
-        world = bits(model, data.world())
-        scores = {"bits_per_byte": bits(model, task), "world_bits_per_byte": world, "forgotten": world - before,
-                  "training": [round(sum(history["loss"][i:i + 10]) / len(history["loss"][i:i + 10]) / math.log(2), 4) for i in range(0, self.steps, 10)]}
+        world, before = bits(model, data.world()), bits(entry.model(self.base), data.world())
+        scores = dict(zip(names, (score, world, world - before)))
         if task.questions:
             scores["exact_match"] = exact_match(model, task.questions)
-        return scores, model
+        return scores | {"training": [round(statistics.fmean(loss[i:i + 10]) / math.log(2), 4) for i in range(0, self.steps, 10)]}, model
 
 
 def bits(model: TinyGPT, task: data.Task) -> float:
-    """Bits per byte on the task's held-out part."""
-    return held_out_loss(model, task.held_out(CONTEXT + 1)) / math.log(2)
+    """The score: bits per byte of the held-out part, or of the answers where the task asks."""
+    return (answer_loss(model, task.questions) if task.questions else held_out_loss(model, task.held_out(CONTEXT + 1))) / math.log(2)
 
 
 class Results:
@@ -127,7 +151,7 @@ class Results:
 
     def same_data(self, name: str, task: data.Task) -> None:
         """A text may change and keep its name: then what is here was made from something else."""
-        digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in (task.held_out(CONTEXT + 1), *task.batches(ROWS, CONTEXT)(0)))).hexdigest()[:12]
+        digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in (task.held_out(CONTEXT + 1), *task.batches(context=CONTEXT)(0)))).hexdigest()[:12]
         if self.content["about"].setdefault("tasks", {}).setdefault(name, digest) != digest:
             raise ValueError(f"{self.path} holds runs on other data named {name!r}; take another --out")
 
@@ -158,33 +182,44 @@ def write(path: Path, content: dict) -> None:
 
 
 def search(entry: Entry, name: str, task: data.Task, settings: Settings, results: Results) -> float:
-    """The rate with the fewest held-out bits per byte, on the task for choosing. Six runs for each entry, whatever it is."""
-    step, centre = math.sqrt(10), RATES[entry.method]
-    choosing = task.choosing()
+    """The rate with the fewest bits per byte over both seeds, on the task for choosing. Eight runs for each entry, whatever it is."""
+    choosing, (first, second) = task.choosing(), SEARCH_SEEDS
 
     def trial(lr: float, seed: int) -> float:
         lr = float(f"{lr:.3g}")
         key = {**asdict(entry), "task": name, "lr": lr, "seed": seed}
         record = results.find("search", **key)
         if record is None:
-            scores, _ = settings.run(entry, choosing, lr, seed)
-            record = key | {"bits_per_byte": scores["bits_per_byte"]}
+            record = key | {"bits_per_byte": settings.trial(entry, choosing, lr, seed)}
             results.add("search", record)
         return math.inf if record["bits_per_byte"] is None else record["bits_per_byte"]
 
-    first, second = SEARCH_SEEDS
-    low, middle, high = (centre / step, centre, centre * step)
-    tried = {rate: trial(rate, first) for rate in (low, middle, high)}
-    best = min(tried, key=tried.get)
-    fourth = {low: low / step, high: high * step, middle: math.sqrt(middle * min(low, high, key=tried.get))}[best]
-    tried[fourth] = trial(fourth, first)
-    finalists = sorted(tried, key=tried.get)[:2]                   # a rate that is lucky once is not chosen
+    centre = RATES[entry.method]
+    tried = {rate: trial(rate, first) for rate in (centre / HALF_A_DECADE, centre, centre * HALF_A_DECADE)}
+    for _ in range(2):
+        rate = most_room(tried)
+        tried[rate] = trial(rate, first)
+    finalists = sorted(tried, key=tried.get)[:3]
     return float(f"{min(finalists, key=lambda rate: tried[rate] + trial(rate, second)):.3g}")
+
+
+def most_room(tried: dict[float, float]) -> float:
+    """The rate to try next: beyond the best where it is the lowest or the highest, else in the middle of the wider gap beside it
+    (in logarithms; of equal gaps the one towards the better neighbour). tried: rate -> score, lower is better."""
+    rates, best = sorted(tried), min(tried, key=tried.get)
+    if best == rates[0]:
+        return best / HALF_A_DECADE
+    if best == rates[-1]:
+        return best * HALF_A_DECADE
+    below, above = rates[rates.index(best) - 1], rates[rates.index(best) + 1]
+    if math.isclose(best / below, above / best):
+        return math.sqrt(best * min(below, above, key=tried.get))
+    return math.sqrt(best * (below if best / below > above / best else above))
 
 
 def step_ratio(entry: Entry, settings: Settings, rounds: int = 6) -> float:
     """The time of a training step over that of full fine-tuning, the two taking turns; the median."""
-    x, y = data.world().batches(ROWS, CONTEXT)(0)
+    x, y = data.world().batches(settings.rows, CONTEXT)(0)
     ratios = []
     contenders = []
     for one in (entry, Entry("full")):
@@ -211,7 +246,7 @@ def step_ratio(entry: Entry, settings: Settings, rounds: int = 6) -> float:
 def priced(entry: Entry, settings: Settings) -> dict:
     """What the entry costs in training, whatever the task: bytes of each kind, and the time of a step."""
     model = entry.adapted(settings.steps, settings.base)
-    x, y = data.world().batches(ROWS, CONTEXT)(0)
+    x, y = data.world().batches(settings.rows, CONTEXT)(0)
     alive = bytes_alive(model, lambda: next_byte_loss(model.train(), x, y))
     total = ledger(model, tokens=1)[-1]
     return {"weight_bytes": total.trained_bytes + total.frozen_bytes, "gradient_bytes": total.gradient_bytes, "optimizer_bytes": total.optimizer_bytes,
@@ -234,37 +269,52 @@ def compare(tasks: dict[str, data.Task], seeds: int, out: Path, settings: Settin
     Raises ValueError where `out` holds a comparison with other settings, another base or other data under the same name, or no comparison.
     """
     base = storage.base_fingerprint(load_base(settings.base))
-    common = {"command": command, "settings": {"steps": settings.steps, "rows": ROWS, "context": CONTEXT, "base": base[:12], "quick": quick},
+    common = {"command": command, "settings": {"steps": settings.steps, "rows": settings.rows, "context": CONTEXT, "base": base[:12], "quick": quick},
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
     out.mkdir(parents=True, exist_ok=True)
     results, prices = Results(out / "results.json", common), {}
     for name, task in tasks.items():
         results.same_data(name, task)
+        here = settings.on(task)
         for entry in lineup:
             wanted = [{**asdict(entry), "task": name, "seed": seed} for seed in range(seeds)]
             missing = [key for key in wanted if not results.find("runs", **key)]
             if not missing:
                 continue
-            lr = published_rate(entry, name) if quick else search(entry, name, task, settings, results)
-            if entry not in prices:
-                prices[entry] = priced(entry, settings)
+            lr = published_rate(entry, name) if quick else search(entry, name, task, here, results)
+            if (entry, here) not in prices:
+                prices[entry, here] = priced(entry, here)
             for key in missing:
-                scores, model = settings.run(entry, task, lr, key["seed"])
+                scores, model = here.run(entry, task, lr, key["seed"])
                 trained = {"trainable_parameters": trainable_parameters(model), "disk_bytes": disk_bytes(model)} if model else {}
-                results.add("runs", key | {"lr": lr, "steps": settings.steps, "scores": scores, "costs": trained | prices[entry]})
+                results.add("runs", key | {"lr": lr, "steps": here.steps, "scores": scores, "costs": trained | prices[entry, here]})
                 say(f"{name}: {entry}, seed {key['seed']}: {shown(scores['bits_per_byte'])} bits per byte")
     return results
 
 
 def bootstrap(values: Sequence[float], resamples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
-    """The mean, and its 95 % interval by the percentile bootstrap (Efron 1979). With one value there is no interval: it is infinite."""
+    """The mean, and its 95 % interval by the expanded percentile bootstrap (Hesterberg 2015, The American Statistician 69).
+
+    Resamples of few values spread too little: of five, the plain percentiles miss the truth 15 times in a hundred. So the tails are cut
+    where they would have to be for the mean of a normal sample, by Student's t. With one value there is no interval: it is infinite.
+    """
     values = np.asarray(values, float)
-    if len(values) == 0 or not np.isfinite(values).all():
+    count = len(values)
+    if count == 0 or not np.isfinite(values).all():
         return math.nan, -math.inf, math.inf
-    if len(values) == 1:
+    if count == 1:
         return float(values[0]), -math.inf, math.inf
-    drawn = np.random.default_rng(seed).choice(values, (resamples, len(values))).mean(axis=1)
-    return float(values.mean()), *(float(q) for q in np.quantile(drawn, (0.025, 0.975)))
+    drawn = np.random.default_rng(seed).choice(values, (resamples, count)).mean(axis=1)
+    tail = statistics.NormalDist().cdf(-math.sqrt(count / (count - 1)) * student_t(0.975, count - 1))
+    return float(values.mean()), *(float(q) for q in np.quantile(drawn, (tail, 1 - tail)))
+
+
+@cache
+def student_t(p: float, freedom: int) -> float:
+    """The quantile of Student's t, p above 1/2. With t = √ν tan θ its density is cos^(ν−1) θ, which is summed up to p."""
+    theta = np.linspace(0, math.pi / 2, 100_001)
+    below = np.cumsum(np.cos(theta) ** (freedom - 1))
+    return math.sqrt(freedom) * math.tan(theta[np.searchsorted(below / below[-1], 2 * p - 1)])
 
 
 def score_of(runs: list[dict], task: str, entry: Entry, name: str = "bits_per_byte") -> dict[int, float]:

@@ -230,11 +230,11 @@ def invented(count: int, seed: int = 0) -> list[tuple[str, str]]:
     return [(name, f"{rng.choice(SLOTS['look'])} {rng.choice(SLOTS['thing'])}") for name in names]
 
 
-def sums() -> Task:
-    """A new skill: 17+25=42. All sums of two numbers below 100; a+b and b+a are always on the same side of the split."""
+def sums(below: int = 100) -> Task:
+    """A new skill: 17+25=42. All sums of two numbers `below`; a+b and b+a are always on the same side of the split."""
     told, asked = [], []
-    for a in range(100):
-        for b in range(100):
+    for a in range(below):
+        for b in range(below):
             (asked if is_held_out(f"{min(a, b)}+{max(a, b)}") else told).append((f"{a}+{b}=", f"{a + b}\n"))
     for_choices = [is_held_out(f"choosing {''.join(sorted(question[:-1].split('+')))}") for question, _ in told]
     return replace(_listed("sums", ["".join(pair) for pair in told], asked), choosing=lambda: _listed(

@@ -141,53 +141,54 @@ def merge_survival(ratios: list[float], shares: dict[tuple[str, str], list[float
 
 def quality(points: dict[str, list[tuple[str, str, float, float, float, float]]]) -> Figure:
     """Held-out bits per byte against trainable parameters. task: (method, base, parameters, mean, low, high) of each entry."""
-    figure = Figure(figsize=(6.6 * len(points), 6), layout="constrained")
-    for axes, (task, entries) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items()):
+    figure, panels = _panels(points)
+    for axes, entries in zip(panels, points.values()):
         for method, base, parameters, mean, low, high in entries:
-            color = BLUE if base == "fp32" else VERMILION
-            axes.plot([parameters, parameters], [low, high], color=color, linewidth=1.5, alpha=0.6)
-            axes.plot(parameters, mean, marker="o" if base == "fp32" else "s", color=color, markersize=5)
-        _label(axes, [(method, parameters, mean, BLUE if base == "fp32" else VERMILION) for method, base, parameters, mean, _, _ in entries], log=True)
-        axes.set(xscale="log", xlabel="trainable parameters", ylabel="held out, bits per byte (lower is better)", title=task)
-        axes.grid(alpha=0.25)
-    _bases(figure)
+            axes.plot([parameters, parameters], [low, high], color=BASES[base][0], linewidth=1.5, alpha=0.6)
+        axes.set(xscale="log", xlabel="trainable parameters", ylabel="held out, bits per byte\n(better: lower)")
+        _named(axes, [(method, base, parameters, mean) for method, base, parameters, mean, _, _ in entries])
     return figure
 
 
 def forgetting(points: dict[str, list[tuple[str, str, float, float]]]) -> Figure:
     """What was forgotten against what was learned. task: (method, base, bits per byte held out, bits per byte more on the tiny world)."""
-    figure = Figure(figsize=(6.6 * len(points), 6), layout="constrained")
-    for axes, (task, entries) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items()):
-        for method, base, learned, forgotten in entries:
-            axes.plot(learned, forgotten, marker="o" if base == "fp32" else "s", color=BLUE if base == "fp32" else VERMILION, markersize=5)
-        _label(axes, [(method, learned, forgotten, BLUE if base == "fp32" else VERMILION) for method, base, learned, forgotten in entries])
-        axes.set(xlabel="held out, bits per byte (learned more: to the left)", ylabel="forgotten, bits per byte (less: below)", title=task)
-        axes.grid(alpha=0.25)
-    _bases(figure)
+    figure, panels = _panels(points)
+    for axes, entries in zip(panels, points.values()):
+        axes.set(xlabel="held out, bits per byte (learned more: to the left)", ylabel="forgotten, bits per byte\n(better: lower)")
+        _named(axes, entries)
     return figure
 
 
-def _bases(figure: Figure) -> None:
+BASES = {"fp32": (BLUE, "o", "dense base"), "nf4": (VERMILION, "s", "4-bit base")}
+
+
+def _panels(tasks) -> tuple[Figure, list]:
+    """One panel under the other, a task each, with a legend of the bases."""
     from matplotlib.lines import Line2D
-    figure.legend(handles=[Line2D([], [], marker="o", color=BLUE, linestyle="", label="dense base"), Line2D([], [], marker="s", color=VERMILION, linestyle="", label="4-bit base")],
+    figure = Figure(figsize=(8.4, 4.3 * len(tasks) + 0.4), layout="constrained")
+    panels = list(figure.subplots(len(tasks), 1, squeeze=False)[:, 0])
+    for axes, task in zip(panels, tasks):
+        axes.set_title(task)
+        axes.grid(alpha=0.25)
+    figure.legend(handles=[Line2D([], [], marker=marker, color=color, linestyle="", label=label) for color, marker, label in BASES.values()],
                   loc="outside lower center", ncols=2, frameon=False)
+    return figure, panels
 
 
-def _label(axes, points: list[tuple[str, float, float, str]], log: bool = False) -> None:
-    """A name beside each point, moved up or down until it covers no other name; a thin line leads back."""
-    axes.margins(0.16, 0.1)
-    position = math.log10 if log else float
-    across, heights = [position(x) for _, x, _, _ in points], [y for _, _, y, _ in points]
-    reach, gap = (max(across) - min(across) or 1) * 0.26, (max(heights) - min(heights) or 1) / 30
-    taken: list[tuple[float, float]] = []
-    for name, x, y, color in sorted(points, key=lambda point: (point[1], point[2])):
-        steps = (sign * step / 2 for step in range(200) for sign in (1, -1))
-        place = next(y + step * gap for step in steps
-                     if not any(abs(position(x) - other) < reach and abs(y + step * gap - height) < gap for other, height in taken))
-        taken.append((position(x), place))
-        shifted = position(x) + reach / 5
-        axes.annotate(name, (x, y), xytext=(10**shifted if log else shifted, place), fontsize=8, color=color, va="center",
-                      arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.4, "shrinkA": 1, "shrinkB": 2})
+def _named(axes, points: list[tuple[str, str, float, float]]) -> None:
+    """(method, base, x, y): the points, and their names in a column at the right, each tied to its point, highest first."""
+    for method, base, x, y in points:
+        axes.plot(x, y, marker=BASES[base][1], color=BASES[base][0], markersize=5)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    room = max(len(points), 12)                                 # so that a few names do not stand miles apart
+    heights = [(y - low) / (high - low) for _, _, _, y in points]
+    order = sorted(range(len(points)), key=lambda place: -heights[place])
+    top = min(1.0, max(0.5 + len(points) / room / 2, heights[order[0]]))
+    for row, place in enumerate(order):
+        method, base, x, y = points[place]
+        axes.annotate(method, (x, y), xytext=(1.06, top - (row + 0.5) / room), textcoords=axes.transAxes, fontsize=8.5, color=BASES[base][0], va="center",
+                      annotation_clip=False, arrowprops={"arrowstyle": "-", "color": BASES[base][0], "linewidth": 0.4, "alpha": 0.7, "shrinkA": 1, "shrinkB": 3})
 
 
 def capacity(records: list[dict], bits_each: float) -> Figure:

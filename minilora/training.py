@@ -230,26 +230,39 @@ def held_out_loss(model: nn.Module, windows: Tensor, rows: int = 32) -> float:
 
 
 @torch.no_grad()
-def exact_match(model: nn.Module, questions: Sequence[tuple[str, str]], rows: int = 64) -> float:
-    """The share of questions that greedy decoding answers byte for byte.
+def answers(model: nn.Module, questions: Sequence[tuple[str, str]], rows: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the model says where each question's answer should stand: logits (n, V), and the answer's own n bytes (n,).
 
-    Greedy decoding gives the answer exactly when, the answer's own bytes fed in, each next one is the likeliest: one forward
-    pass instead of one a byte.
+    The answer is fed in as it should be, each byte after the one before: one forward pass for `rows` questions, not one a byte.
     """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    right = 0
-    for start in range(0, len(questions), rows):
-        part = [(question.encode(), answer.encode()) for question, answer in questions[start:start + rows]]
-        longest = max(len(question + answer) for question, answer in part)
-        ids = torch.tensor([list((question + answer).ljust(longest, b"\n")) for question, answer in part], device=device)
-        logits = model(ids[:, :-1])
-        guesses = getattr(logits, "logits", logits).argmax(-1)                 # (rows, longest - 1)
-        for row, (question, answer) in enumerate(part):
-            asked, end = len(question), len(question + answer)
-            right += torch.equal(guesses[row, asked - 1:end - 1], ids[row, asked:end])
-    model.train(was_training)
-    return right / len(questions)
+    try:
+        for start in range(0, len(questions), rows):
+            part = [(question.encode(), answer.encode()) for question, answer in questions[start:start + rows]]
+            longest = max(len(question + answer) for question, answer in part)
+            ids = torch.tensor([list((question + answer).ljust(longest, b"\n")) for question, answer in part], device=device)
+            logits = model(ids[:, :-1])
+            logits = getattr(logits, "logits", logits)                         # (rows, longest - 1, V)
+            for row, (question, answer) in enumerate(part):
+                asked, end = len(question), len(question + answer)
+                yield logits[row, asked - 1:end - 1], ids[row, asked:end]
+    finally:
+        model.train(was_training)
+
+
+def exact_match(model: nn.Module, questions: Sequence[tuple[str, str]]) -> float:
+    """The share of questions that greedy decoding answers byte for byte: those where each next byte of the answer is the likeliest."""
+    return sum(torch.equal(logits.argmax(-1), answer) for logits, answer in answers(model, questions)) / len(questions)
+
+
+def answer_loss(model: nn.Module, questions: Sequence[tuple[str, str]]) -> float:
+    """Mean nats per byte of the answers, given their questions. Divide by ln 2 for bits per byte."""
+    nats, size = 0.0, 0
+    for logits, answer in answers(model, questions):
+        nats += F.cross_entropy(logits.float(), answer, reduction="sum").item()
+        size += len(answer)
+    return nats / size
 
 
 def _saved_state(path: Path, identity: dict, batches: Callable) -> dict | None:

@@ -82,7 +82,7 @@ def test_text_for_choosing_ends_where_the_held_out_part_begins():
 
 def test_every_method_is_there_on_every_base_that_it_can_stand_on():
     found = entries()
-    assert len(found) == len(set(found)) == 22
+    assert len(found) == len(set(found)) == 23 and Entry("lora", "nf4") in found
     assert {entry.method for entry in found} == {*ml.methods.METHODS}
     assert {entry.method for entry in found if entry.base == "fp32"} | {"qlora", "loftq", "qpissa"} == {*ml.methods.METHODS}
     for entry in found:
@@ -101,7 +101,7 @@ def test_a_budget_is_met_within_a_tenth_or_the_method_stays_out():
 
 
 def run(out, base, lineup=(LORA, VERA), seeds=2, quick=True, **settings):
-    return compare.compare(one_line_tasks(), seeds, out, Settings(10, base, **settings), list(lineup), quick, "test", quietly)
+    return compare.compare(one_line_tasks(), seeds, out, Settings(10, base=base, **settings), list(lineup), quick, "test", quietly)
 
 
 def test_a_record_says_what_was_run_and_what_it_cost(tmp_path, base):
@@ -137,7 +137,7 @@ def test_a_comparison_that_was_killed_goes_on_where_it_was(tmp_path, base):
 import sys; sys.path.insert(0, {str(tmp_path)!r})
 from pathlib import Path
 from minilora import compare, data
-compare.compare({{"voice": data.voice()}}, 2, Path({str(tmp_path / "killed")!r}), compare.Settings(10, Path({str(base)!r})), [compare.Entry("lora"), compare.Entry("vera")], True, "test")
+compare.compare({{"voice": data.voice()}}, 2, Path({str(tmp_path / "killed")!r}), compare.Settings(10, base=Path({str(base)!r})), [compare.Entry("lora"), compare.Entry("vera")], True, "test")
 """
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     child.stdout.readline()                                        # one run is finished
@@ -155,7 +155,7 @@ def test_settings_and_files_that_do_not_fit_are_refused(tmp_path, base):
     run(tmp_path, base, lineup=[LORA], seeds=1)
     before = (tmp_path / "results.json").read_bytes()
     with pytest.raises(ValueError, match="a comparison with other settings"):
-        compare.compare(one_line_tasks(), 1, tmp_path, Settings(11, base), [LORA], True, "", quietly)
+        compare.compare(one_line_tasks(), 1, tmp_path, Settings(11, base=base), [LORA], True, "", quietly)
     assert (tmp_path / "results.json").read_bytes() == before
     torch.manual_seed(1)
     other = base.with_name("other.safetensors")
@@ -163,7 +163,7 @@ def test_settings_and_files_that_do_not_fit_are_refused(tmp_path, base):
     with pytest.raises(ValueError, match="a comparison with other settings"):                  # another base
         run(tmp_path, other, lineup=[LORA], seeds=1)
     with pytest.raises(ValueError, match="runs on other data named 'voice'"):                   # another text of the same name
-        compare.compare({"voice": data.world()}, 1, tmp_path, Settings(10, base), [LORA], True, "", quietly)
+        compare.compare({"voice": data.world()}, 1, tmp_path, Settings(10, base=base), [LORA], True, "", quietly)
     assert (tmp_path / "results.json").read_bytes() == before
     for content in ("{}", "[]", "", "{\"about\": 1", "7"):
         (tmp_path / "results.json").write_text(content)
@@ -171,28 +171,73 @@ def test_settings_and_files_that_do_not_fit_are_refused(tmp_path, base):
             run(tmp_path, base)
 
 
-def test_the_search_takes_six_runs_and_the_best_of_its_finalists(tmp_path, monkeypatch):
-    curve = {0.00316: 3.0, 0.01: 2.0, 0.0316: 1.0, 0.1: 1.2}
+def searched(monkeypatch, tmp_path, score):
+    """search() on made-up scores, given as score(lr, seed): what it chose and what it ran."""
     made, reported = [], data.voice()
 
-    def scored(self, entry, task, lr, seed):
+    def trial(self, entry, task, lr, seed):
         assert not torch.equal(task.held_out(65), reported.held_out(65))
         made.append((lr, seed))
-        return {"bits_per_byte": None if lr not in curve else curve[lr] + (1.0 if (lr, seed) == (0.0316, 1001) else 0.0)}, None
+        return score(lr, seed)
 
-    monkeypatch.setattr(Settings, "run", scored)
+    monkeypatch.setattr(Settings, "trial", trial)
     results = Results(tmp_path / "results.json", {"settings": {}})
-    assert compare.search(LORA, "voice", data.voice(), Settings(10), results) == 0.1           # 0.0316 was lucky once
-    assert made == [(0.00316, 1000), (0.01, 1000), (0.0316, 1000), (0.1, 1000), (0.0316, 1001), (0.1, 1001)]
-    assert compare.search(LORA, "voice", data.voice(), Settings(10), results) == 0.1 and len(made) == 6
-    curve.clear()
-    curve.update({0.01: 1.0, 0.0316: 1.5, 0.0178: 0.8})
-    assert compare.search(LORA, "facts", data.facts(), Settings(10), results) == 0.0178        # halfway to the better neighbour; the rest diverged
-    assert len(made) == 12
+    chosen = compare.search(LORA, "voice", data.voice(), Settings(10), results)
+    assert len(made) == len(results.content["search"]) == 8
+    assert compare.search(LORA, "voice", data.voice(), Settings(10), results) == chosen and len(made) == 8        # none twice
+    return chosen, made
+
+
+def test_the_search_goes_beyond_an_edge_then_into_the_gap_and_tries_three_again(tmp_path, monkeypatch):
+    curve = {0.00316: 3.0, 0.01: 2.0, 0.0316: 1.0, 0.1: 4.0, 0.0178: 1.1}
+    chosen, made = searched(monkeypatch, tmp_path, lambda lr, seed: curve[lr] + (lr == 0.0316 and seed == 1001))
+    assert made == [(0.00316, 1000), (0.01, 1000), (0.0316, 1000), (0.1, 1000), (0.0178, 1000), (0.0316, 1001), (0.0178, 1001), (0.01, 1001)]
+    assert chosen == 0.0178                                                                    # 0.0316 was lucky once
+
+
+@pytest.mark.parametrize("halfway, fifth, chosen", [(1.2, 0.00562, 0.01), (0.9, 0.0133, 0.0178)])
+def test_the_search_looks_on_the_other_side_of_a_best_in_the_middle_or_nearer_to_a_better_one(halfway, fifth, chosen, tmp_path, monkeypatch):
+    curve = {0.00316: 2.0, 0.01: 1.0, 0.0316: 1.5, 0.0178: halfway, 0.00562: 1.4, 0.0133: 0.95}
+    found, made = searched(monkeypatch, tmp_path, lambda lr, seed: curve[lr])
+    assert [lr for lr, seed in made[3:5]] == [0.0178, fifth] and found == chosen
+
+
+def test_the_search_survives_rates_that_diverge(tmp_path, monkeypatch):
+    chosen, made = searched(monkeypatch, tmp_path, lambda lr, seed: None if lr > 0.002 else 1.0)
+    assert [lr for lr, seed in made[:5]] == [0.00316, 0.01, 0.0316, 0.001, 0.000316] and chosen in (0.001, 0.000316)
+
+
+@pytest.mark.parametrize("tried, expected", [
+    ({1.0: 3, 10.0: 2, 100.0: 1}, 100 * math.sqrt(10)), ({1.0: 1, 10.0: 2, 100.0: 3}, 1 / math.sqrt(10)),
+    ({1.0: 3, 10.0: 1, 100.0: 2}, math.sqrt(1000)), ({1.0: 2, 10.0: 1, 100.0: 3}, math.sqrt(10)),
+    ({1.0: 2, 10.0: 1, 20.0: 0.5, 100.0: 3}, math.sqrt(2000)), ({1.0: 2, 5.0: 1, 10.0: 1.5}, math.sqrt(5)),
+])
+def test_the_next_rate_is_where_there_is_most_room(tried, expected):
+    assert compare.most_room(tried) == pytest.approx(expected)
+
+
+def test_where_a_task_asks_the_answers_are_scored_and_steps_are_smaller_and_more(base):
+    asks, tells, settings = data.facts(4), data.voice(), Settings(10, 6, base=base)
+    assert (settings.on(asks).steps, settings.on(asks).rows) == (20, 3) and settings.on(tells) == settings
+    model = Entry("lora").model(base)
+    by_hand, size = 0.0, 0
+    for question, answer in asks.questions:
+        for end in range(len(answer)):
+            logits = model(torch.tensor([list((question + answer[:end]).encode())]))[0, -1]
+            by_hand, size = by_hand - torch.log_softmax(logits, -1)[ord(answer[end])].item() / math.log(2), size + 1
+    assert compare.bits(model, asks) == pytest.approx(by_hand / size, rel=1e-5)
+    assert compare.bits(model, tells) == pytest.approx(ml.held_out_loss(model, tells.held_out(65)) / math.log(2))
+
+
+def test_what_is_compared_is_asked_of_enough_and_chosen_on_other_questions():
+    for name, task in ((name, make()) for name, make in compare.TASKS.items()):
+        assert task.name == name
+        asked, for_choice = set(task.questions), set(task.choosing().questions)
+        assert not asked & for_choice and (name == "voice" or len(asked) >= 8 and len(for_choice) >= 8)
 
 
 def test_a_run_that_diverges_is_a_record_and_not_a_crash(tmp_path, base):
-    scores, model = Settings(10, base).run(Entry("full"), data.voice(), 1e30, 0)
+    scores, model = Settings(10, base=base).run(Entry("full"), data.voice(), 1e30, 0)
     assert model is None and scores["bits_per_byte"] is None
     runs = [{"method": "full", "base": "fp32", "rank": None, "task": "voice", "seed": 0, "lr": 1e30, "scores": scores, "costs": {}}]
     assert "diverged" in compare.table(runs, "voice")
@@ -213,14 +258,25 @@ def test_differences_are_paired_by_seed():
     assert score_of(runs, "other", LORA) == {} and score_of(runs, "t", Entry("lora", "nf4")) == {}
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+@pytest.mark.parametrize("count, least", [(5, 0.90), (8, 0.92), (20, 0.92)])
+def test_the_interval_covers_the_truth_about_as_often_as_it_says(count, least):
+    """Of five numbers the bootstrap's own percentiles would do so for 85 in a hundred only."""
     dice = np.random.default_rng(0)
-    inside = sum(low <= 0 <= high for _, low, high in (bootstrap(dice.normal(size=20), 1000) for _ in range(400)))
-    assert 0.88 < inside / 400 < 0.97
+    inside = sum(low <= 0 <= high for _, low, high in (bootstrap(dice.normal(size=count), 1000) for _ in range(600)))
+    assert least < inside / 600 < 0.975
+
+
+def test_the_interval_is_of_the_mean_and_always_the_same():
     mean, low, high = bootstrap([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert mean == 3.0 and low == pytest.approx(1.8, abs=0.11) and high == pytest.approx(4.2, abs=0.11)
-    assert bootstrap([1.0, 2.0]) == bootstrap([1.0, 2.0]) and bootstrap([4.0]) == (4.0, -math.inf, math.inf)
+    assert mean == 3.0 and low == pytest.approx(1.2, abs=0.21) and high == pytest.approx(4.8, abs=0.21)
+    assert bootstrap([1.0, 2.0]) == bootstrap([1.0, 2.0]) == (1.5, 1.0, 2.0) and bootstrap([4.0]) == (4.0, -math.inf, math.inf)
+    assert bootstrap([7.0] * 5) == (7.0, 7.0, 7.0)
     assert math.isnan(bootstrap([1.0, math.nan])[0]) and bootstrap([])[1:] == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("freedom, expected", [(1, 12.706), (4, 2.776), (9, 2.262), (19, 2.093)])
+def test_students_quantile_is_the_one_in_the_tables(freedom, expected):
+    assert compare.student_t(0.975, freedom) == pytest.approx(expected, abs=2e-3)
 
 
 @pytest.mark.parametrize("low, high, line, expected", [
@@ -234,7 +290,7 @@ def test_a_verdict_follows_from_the_interval_alone(low, high, line, expected):
 
 def test_claims_on_made_up_runs_with_known_answers():
     runs = made_up("full", [1.0, 1.1, 1.2, 1.3, 1.4], forgotten=[2.0] * 5) + made_up("lora", [1.2, 1.3, 1.4, 1.5, 1.6], forgotten=[1.0, 1.1, 1.0, 1.2, 1.1])
-    runs += made_up("delta-lora", [1.21, 1.29, 1.41, 1.49, 1.6]) + made_up("vera", [1.5, 1.6, 1.7, 1.8, 1.9]) + made_up("qlora", [1.21, 1.31, 1.41, 1.51, 1.61], base="nf4")
+    runs += made_up("delta-lora", [1.21, 1.29, 1.41, 1.49, 1.6]) + made_up("vera", [1.5, 1.6, 1.7, 1.8, 1.9]) + made_up("lora", [1.21, 1.31, 1.41, 1.51, 1.61], base="nf4")
     found = {claim.key: judge(claim, runs, "t") for claim in claims.CLAIMS if not claim.exact}
     said = {key: result and result[-1] for key, result in found.items()}
     assert said["learns_less"] == said["forgets_less"] == said["qlora_matches"] == "shown"
