@@ -7,7 +7,7 @@
     compare    [--quick] [--text FILE | --task voice,facts,sums] --out DIR      every method, a table and two pictures
     claims     [--results FILE]                        the papers' headlines, judged by what compare measured
     capacity   --out DIR                               facts remembered against rank; AdaLoRA's ranks as a film
-    cost       --shape chatglm-6b --method lora …      what a method costs on a real model
+    cost       [--shape chatglm-6b] --method lora …    what a method costs, measured here; on a real model by the same formulas
     pretrain   --out FILE                              how the shipped base was made
 """
 
@@ -111,11 +111,11 @@ def parser() -> Parser:
     memory.set_defaults(run=run_capacity)
 
     cost = commands.add_parser("cost", help="what a method costs on a real model, by the formulas")
-    cost.add_argument("--shape", required=True, help=f"{', '.join(shapes.KNOWN)}, or a model's config.json")
+    cost.add_argument("--shape", help=f"{', '.join(shapes.KNOWN)}, or a model's config.json (default: the shipped base, measured)")
     cost.add_argument("--method", type=method_name, default="lora")
     cost.add_argument("--rank", type=whole(1), default=8)
     cost.add_argument("--targets", help="comma-separated names of layers (default: all linear layers of the blocks)")
-    cost.add_argument("--base", dest="base_type", choices=["fp32", "fp16", "nf4"], default="fp16", help="how the frozen weights are stored")
+    cost.add_argument("--base", dest="base_type", choices=["fp32", "fp16", "nf4"], help="how the frozen weights are stored (default: fp16; the shipped base: fp32)")
     cost.add_argument("--tokens", type=whole(1), default=1024, help="in a batch, for bytes alive and FLOPs")
     cost.add_argument("--picture", type=Path, metavar="FILE", help="draw the bars of every method there (PNG)")
     cost.set_defaults(run=run_cost)
@@ -199,6 +199,7 @@ def run_compare(args: argparse.Namespace) -> int:
     tasks = {args.text.name: data.text(args.text)} if args.text else {name: compare.TASKS[name]() for name in args.task}
     settings = compare.Settings(args.steps or (40 if args.quick else 100), base=args.base)
     out, seeds = args.out or Path("runs/compare"), args.seeds or (1 if args.quick else 5)
+    refuse_file(out)
     budget = compare.at_budget(args.budget, settings.steps) if args.budget else []
     lineup = list(dict.fromkeys([*compare.entries(), *budget, *(claims.LINEUP if args.claims else ())]))
     command = " ".join(["python -m minilora", *(sys.argv[1:] if sys.argv[0].endswith("__main__.py") else ["compare"])])
@@ -241,15 +242,17 @@ def write_comparison(runs: list[dict], out: Path) -> None:
 
 def run_claims(args: argparse.Namespace) -> int:
     content = compare.read(args.results)
-    print(f"{args.results.name}: {content['about']['command']}\n")
+    print(f"{args.results.name}: {content['about'].get('command', '')}\n")
     print(claims.report(content["runs"]))
     return 0
 
 
 def run_capacity(args: argparse.Namespace) -> int:
+    refuse_file(args.out)
+    data.invented(args.facts)                             # refused here, if there are not so many
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "capacity.json"
-    records = json.loads(file.read_text()) if file.exists() else []
+    records = capacity.read(file) if file.exists() else []
 
     def keep(record: dict) -> None:
         records.append(record)
@@ -266,24 +269,48 @@ def run_capacity(args: argparse.Namespace) -> int:
 
 
 def run_cost(args: argparse.Namespace) -> int:
-    shape, targets = shapes.shape(args.shape), args.targets.split(",") if args.targets else None
+    targets = args.targets.split(",") if args.targets else None
     method = make_method(args.method, None if args.method == "full" else args.rank)
-    *lines, rest, total = measure.extrapolated(shape, method, targets, args.tokens, args.base_type)
-    print(f"{shape.name}: {shape.parameters:,} parameters, {args.base_type}; {args.method}{'' if args.method == 'full' else f', rank {args.rank}'}, {args.tokens:,} tokens\n")
-    head = ["layers", "in -> out", "count", "trained", "weights", "gradients", "AdamW", "alive", "GFLOP forward", "backward"]
+    described = f"{args.method}{'' if args.method == 'full' else f', rank {args.rank}'}, {args.tokens:,} tokens"
+    if args.shape is None:
+        return measured_cost(args, method, targets, described)
+    shape, base = shapes.shape(args.shape), args.base_type or "fp16"
+    *lines, rest, total = measure.extrapolated(shape, method, targets, args.tokens, base)
+    print(f"{shape.name}: {shape.parameters:,} parameters, {base}; {described}\n")
     there = {kind.name: kind for kind in shape.kinds}
-    rows = [head]
-    for line in (*lines, rest, total):
-        kind = there.get(line.name)
-        rows.append([line.name, f"{kind.into:,} -> {kind.out:,}" if kind else "", str(kind.count) if kind else "", f"{line.trainable:,}",
-                     *(mib(size) for size in (line.trained_bytes + line.frozen_bytes, line.gradient_bytes, line.optimizer_bytes, line.alive_bytes)),
-                     f"{line.forward_flops / 1e9:,.0f}", f"{line.backward_flops / 1e9:,.0f}"])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    print("\n".join("  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows))
+    rows = [cost_row(line, kind.into, kind.out, kind.count) for line in lines for kind in [there[line.name]]]
+    print(compare.columns([COST_HEAD, *rows, cost_row(rest), cost_row(total)]))
     print(f"\ntrained: {total.trainable:,} parameters ({total.trainable / shape.parameters:.4%}), {mib(4 * total.trainable)} in fp32, {mib(2 * total.trainable)} in fp16")
-    print("Bytes alive are those of the adapted layers. Weights count what stays beside an adapter too.")
+    print(COST_NOTE)
     if args.picture:
         draw_costs(args, shape, targets)
+    return 0
+
+
+COST_HEAD = ["layers", "in -> out", "count", "trained", "frozen", "weights", "gradients", "AdamW", "alive", "MFLOP forward", "backward"]
+COST_NOTE = "Bytes alive and FLOPs are those of the adapted layers. Weights count what stays beside an adapter too."
+
+
+def cost_row(line: measure.Line, into: int = 0, out: int = 0, count: int = 0, name: str = "") -> list[str]:
+    return [name or line.name, f"{into:,} -> {out:,}" if out else "", str(count or ""), f"{line.trainable:,}", f"{line.frozen:,}",
+            *map(mib, (line.trained_bytes + line.frozen_bytes, line.gradient_bytes, line.optimizer_bytes, line.alive_bytes)),
+            f"{line.forward_flops / 1e6:,.0f}", f"{line.backward_flops / 1e6:,.0f}"]
+
+
+def measured_cost(args: argparse.Namespace, method: ml.Method, targets: list[str] | None, described: str) -> int:
+    """On the shipped base, which is here: every layer measured, and beside the sums what the formulas say."""
+    base = args.base_type or "fp32"
+    if base == "fp16" or args.picture:
+        raise ValueError("without --shape the shipped base is measured: on fp32 or nf4, and without a picture")
+    model = compare.Entry(args.method, base).model()
+    ml.adapt(model, method, targets)
+    *lines, rest, total = measure.ledger(model, args.tokens)
+    sizes = {name: module for name, module in model.named_modules()}
+    print(f"the shipped base: {sum(p.numel() for p in ml.load_base().parameters()):,} parameters, {base}; {described}\n")
+    rows = [cost_row(line, sizes[line.name].in_features, sizes[line.name].out_features, 1) for line in lines]
+    sums = [cost_row(total, name="all, measured"), cost_row(measure.predicted(model, args.tokens)[-1], name="all, by the formulas")]
+    print(compare.columns([COST_HEAD, *rows, cost_row(rest), *sums]))
+    print(f"\non disk: {measure.disk_bytes(model):,} bytes measured, {measure.predicted_disk_bytes(model):,} by the formula\n{COST_NOTE}")
     return 0
 
 
@@ -301,12 +328,13 @@ def draw_costs(args: argparse.Namespace, shape: shapes.Shape, targets: list[str]
                                            "AdamW": total.optimizer_bytes / 2**30, f"alive, {args.tokens:,} tokens": total.alive_bytes / 2**30}
     picture = io.BytesIO()
     plots.cost_bars(bars, f"{shape.name}, rank {args.rank}: memory of training").savefig(picture, dpi=110)
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
     storage.write_atomically(args.picture, picture.getvalue())
     print(f"drawn: {args.picture}")
 
 
 def mib(size: float) -> str:
-    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
+    return f"{size / 2**10:,.1f} KiB" if 0 < size < 2**20 else f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"
 
 
 def run_pretrain(args: argparse.Namespace) -> int:
@@ -349,10 +377,14 @@ def load(args: argparse.Namespace) -> ml.TinyGPT:
     return ml.load_adapter(model, args.adapter) if args.adapter else model
 
 
-def claim(out: Path, force: bool) -> list[Path]:
-    """Make sure that the folder is there, ours to write in, and no finished run's. Returns the folders that had to be made."""
+def refuse_file(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out takes a folder")
+
+
+def claim(out: Path, force: bool) -> list[Path]:
+    """Make sure that the folder is there, ours to write in, and no finished run's. Returns the folders that had to be made."""
+    refuse_file(out)
     unfinished = {f".{name}.tmp" for name in WRITTEN}     # what a kill in the middle of writing leaves
     there = {file.name for file in out.iterdir()} - unfinished if out.exists() else set()
     if not force and HISTORY in there:

@@ -6,8 +6,10 @@ the right thing, asked in the words it was told in, says how many of them it hol
     bits held = Σ over facts of 7.98 + log2 p(thing | "name has a ")         at most 7.98 a fact; none where it is negative in sum
 """
 
+import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from minilora import data
 from minilora.adapter import adapters, trainable_parameters
@@ -30,6 +32,18 @@ def bits_held(model, facts: Sequence[tuple[str, str]]) -> float:
     asked = questions(facts)
     missing = answer_loss(model, asked) / math.log(2) * sum(len(thing.encode()) for _, thing in asked)
     return max(0.0, BITS * len(facts) - missing)
+
+
+def read(path: Path) -> list[dict]:
+    """The records of an earlier curve. Raises ValueError naming the file where it holds none."""
+    try:
+        records = json.loads(path.read_text())
+        whole = all({"method", "rank", "count", "steps", "seed", "parameters", "remembered", "bits"} <= record.keys() for record in records)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: not a file of capacity's records; remove it, or take another --out")
+    return records
 
 
 def curve(count: int = 128, steps: int = 800, seeds: int = 3, done: Sequence[dict] = (), say: Callable[[str], None] = print,

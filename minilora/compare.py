@@ -167,9 +167,12 @@ def read(path: Path) -> dict:
     """A results file. Raises ValueError naming it where it is not one."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
-        content = None
-    if not isinstance(content, dict) or not {"about", "search", "runs"} <= content.keys():
+        run = {"method", "base", "rank", "task", "seed", "lr"}
+        whole = isinstance(content["about"]["settings"], dict) and all(run | {"bits_per_byte"} <= record.keys() for record in content["search"]) and all(
+            run | {"scores", "costs"} <= record.keys() and "bits_per_byte" in record["scores"] and isinstance(record["costs"], dict) for record in content["runs"])
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
         raise ValueError(f"{path}: not a results file of compare; remove it, or take another --out")
     return content
 
@@ -354,10 +357,13 @@ def table(runs: list[dict], task: str, budget: list[Entry] | None = None) -> str
         cells += [f"{costs['step_ratio']:.2f}" if "step_ratio" in costs else ""]
         rows.append((math.inf if math.isnan(mean) else mean, cells))
     head = ["method", "rate", "bits per byte", "behind full", *["answered %"] * asks, "forgotten", "trained", "weights", "gradients", "AdamW", "alive", "file", "time"]
-    lines = [head, *(cells for _, cells in sorted(rows, key=lambda row: row[0]))]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(line, widths))).rstrip()
-                     for line in lines)
+    return columns([head, *(cells for _, cells in sorted(rows, key=lambda row: row[0]))])
+
+
+def columns(rows: list[list[str]]) -> str:
+    """Rows of cells as text, every column as wide as its widest cell; the first is set to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip() for row in rows)
 
 
 def interval(mean: float, low: float, high: float, form: str = ".3f") -> str:

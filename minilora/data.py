@@ -226,7 +226,10 @@ def invented(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """`count` names, and what each has: "look thing", every pair with equal chance."""
     rng = Random(f"facts/{seed}")
     syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-    names = rng.sample(sorted({(a + b + c).capitalize() for a in syllables for b in syllables for c in ("k", "x", "q")}), count)
+    names = sorted({(a + b + c).capitalize() for a in syllables for b in syllables for c in ("k", "x", "q")})
+    if not 1 <= count <= len(names):
+        raise ValueError(f"there are names for {len(names):,} facts, and {count} were asked for")
+    names = rng.sample(names, count)
     return [(name, f"{rng.choice(SLOTS['look'])} {rng.choice(SLOTS['thing'])}") for name in names]
 
 

@@ -273,8 +273,10 @@ def disk_bytes(model: nn.Module) -> int:
 
 
 def predicted_disk_bytes(model: nn.Module) -> int:
-    """The same from the formulas: a header that names every tensor, 4 bytes a number, and the configuration."""
+    """The same from the formulas: a header that names every tensor, its numbers, and for an adapter the configuration."""
     layers = dict(adapters(model))
+    if not layers:
+        return _packed_bytes({name: tuple(t.shape) for name, t in model.state_dict().items()}, storage.model_metadata(model), next(model.parameters()).dtype)
     method = next(iter(layers.values())).method
     cost, shapes = COSTS[type(method)], {}
     for name, layer in layers.items():
@@ -290,12 +292,18 @@ def predicted_disk_bytes(model: nn.Module) -> int:
         o, i = (max(getattr(layer, side) for layer in layers.values()) for side in ("out_features", "in_features"))
         shapes |= {"base_model.vera_A": (method.rank, i), "base_model.vera_B": (o, method.rank)}
     config, about = storage.described(model)
-    f, kind = (8, "F64") if next(iter(layers.values())).weight.dtype == torch.float64 else (4, "F32")
-    header, place = {"__metadata__": {"format": "pt", "minilora": about}}, 0
+    wide = next(iter(layers.values())).weight.dtype == torch.float64
+    return _packed_bytes(shapes, {"format": "pt", "minilora": about}, torch.float64 if wide else torch.float32) + len(config)
+
+
+def _packed_bytes(shapes: Tensors, metadata: dict[str, str], dtype: torch.dtype) -> int:
+    """A safetensors file: 8 bytes, a header in JSON filled up to a multiple of 8, and the numbers."""
+    kind = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    header, place = {"__metadata__": metadata}, 0
     for name, shape in sorted(shapes.items()):
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [place, place := place + f * prod(shape)]}
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [place, place := place + dtype.itemsize * prod(shape)]}
     size = len(json.dumps(header, sort_keys=True).encode())
-    return 8 + size + -size % 8 + place + len(config)
+    return 8 + size + -size % 8 + place
 
 
 # The ledger.

@@ -117,7 +117,11 @@ def base_fingerprint(model: nn.Module, wrapped: dict[str, Adapter] | None = None
 def save_model(model: TinyGPT, path: str | Path) -> None:
     """A whole TinyGPT with its configuration, as load_base reads it."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path, _packed(tensors, {"format": "pt", "gpt_config": json.dumps(dataclasses.asdict(model.config))}))
+    write_atomically(path, _packed(tensors, model_metadata(model)))
+
+
+def model_metadata(model: TinyGPT) -> dict[str, str]:
+    return {"format": "pt", "gpt_config": json.dumps(dataclasses.asdict(model.config))}
 
 
 def save_checkpoint(path: str | Path, identity: dict, state: dict) -> None:

@@ -325,8 +325,8 @@ def test_compare_on_a_text_of_ones_own_is_made_once(base, tmp_path, capsys):
     assert main(flags) == 0
     first = capsys.readouterr().out
     assert files(tmp_path / "out") == ["forgetting.png", "quality.png", "results.csv", "results.json"]
-    rows = [line.split("  ")[0] for line in first.split("fine-tuning's")[1].splitlines()[2:24]]
-    assert {*METHODS} <= {*rows} and "dora on nf4" in rows and len(rows) == len(set(rows)) == 22
+    rows = [line.split("  ")[0] for line in first.split("fine-tuning's")[1].splitlines()[2:25]]
+    assert {*METHODS} <= {*rows} and "dora on nf4" in rows and len(rows) == len(set(rows)) == 23
     before = (tmp_path / "out" / "results.json").read_bytes()
     assert main(flags) == 0
     second = capsys.readouterr().out
@@ -342,6 +342,21 @@ def test_bad_flags_of_compare(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit) if "nowhere.txt" not in flags else nullcontext():
         assert main(["compare", *flags, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err and files(tmp_path) == []
+
+
+@pytest.mark.parametrize("content", ["", "[{}]", "7", '{"about": 1, "search": [], "runs": []}', '{"about": {"settings": {}}, "search": [], "runs": [{"x": 1}]}',
+                                     '{"about": {"settings": {}}, "search": [], "runs": ['])
+def test_a_broken_results_file_is_named_and_left_alone(content, tmp_path, capsys):
+    for file, command in (("results.json", ["compare", "--quick"]), ("capacity.json", ["capacity"])):
+        (tmp_path / file).write_text(content)
+        assert main([*command, "--out", str(tmp_path)]) == 2
+        assert f"{tmp_path / file}: not a" in capsys.readouterr().err and (tmp_path / file).read_text() == content
+        (tmp_path / file).unlink()
+        assert main([*command, "--out", __file__]) == 2 and "is a file; --out takes a folder" in capsys.readouterr().err
+    (tmp_path / "results.json").write_text(content)
+    assert main(["claims", "--results", str(tmp_path / "results.json")]) == 2 and "not a results file" in capsys.readouterr().err
+    assert main(["capacity", "--facts", "20000", "--out", str(tmp_path / "new")]) == 2 and "names for 14,700 facts" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_claims_are_judged_from_the_published_results(capsys, tmp_path):
@@ -369,6 +384,18 @@ def test_cost_of_chatglm(flags, trained, capsys, tmp_path):
     assert f"trained: {trained}" in out and (tmp_path / "bars.png").read_bytes()[:4] == b"\x89PNG"
     if "--targets" in flags:
         assert "14.0 MiB in fp32, 7.0 MiB in fp16" in out
+
+
+@pytest.mark.parametrize("method, flags, trained", [("lora", [], "73,728"), ("full", [], "875,264"), ("vera", ["--base", "nf4", "--rank", "64"], "6,144"),
+                                                    ("loftq", ["--targets", "q_proj"], "8,192")])
+def test_cost_of_the_shipped_base_is_measured_beside_the_formulas(method, flags, trained, capsys):
+    assert main(["cost", "--method", method, "--tokens", "20", *flags]) == 0
+    out = capsys.readouterr().out
+    measured, formula = (line.split("  ", 1)[1].split() for line in out.splitlines() if line.startswith("all, "))
+    assert measured == formula and len(measured) == 8
+    on_disk = re.search(r"on disk: ([\d,]+) bytes measured, ([\d,]+) by", out)
+    assert measured[0] == trained and on_disk[1] == on_disk[2]
+    assert main(["cost", "--method", method, "--base", "fp16"]) == 2 and "on fp32 or nf4" in capsys.readouterr().err
 
 
 def test_cost_of_a_config_and_of_nothing_known(tmp_path, capsys):

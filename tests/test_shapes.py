@@ -1,39 +1,148 @@
 """Shapes of real models: against transformers, which builds them without numbers, and against known figures."""
 
 import json
+import re
+from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 
 import minilora as ml
 from minilora.measure import extrapolated, ledger, predicted
-from minilora.shapes import KNOWN, shape
+from minilora.shapes import KNOWN, from_config, shape
 
 transformers = pytest.importorskip("transformers")
 SMALL = {"vocab_size": 100, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
-CONFIGS = {
-    "llama": transformers.LlamaConfig(**SMALL, num_key_value_heads=2), "llama, biases": transformers.LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
-    "llama, tied": transformers.LlamaConfig(**SMALL, tie_word_embeddings=True, head_dim=16), "mistral": transformers.MistralConfig(**SMALL, num_key_value_heads=2),
-    "qwen2": transformers.Qwen2Config(**SMALL, num_key_value_heads=2), "qwen3": transformers.Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16),
-    "gemma": transformers.GemmaConfig(**SMALL, num_key_value_heads=1, head_dim=16),
-    "gpt_neox": transformers.GPTNeoXConfig(**SMALL), "gpt2": transformers.GPT2Config(vocab_size=100, n_embd=48, n_layer=3, n_head=4, n_positions=64),
-    "opt": transformers.OPTConfig(vocab_size=100, hidden_size=48, ffn_dim=80, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=48),
-    "opt, narrow": transformers.OPTConfig(vocab_size=100, hidden_size=48, ffn_dim=80, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64,
-                                          word_embed_proj_dim=32),
-}
+GROUPED = SMALL | {"num_attention_heads": 6, "num_key_value_heads": 2}
+ODD_HEADS = GROUPED | {"head_dim": 10}                        # 6 heads of 10 in a width of 48
+GPT = {"vocab_size": 100, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64}
+OPT = {"vocab_size": 100, "hidden_size": 48, "ffn_dim": 80, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
+FALCON = {"vocab_size": 100, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6}
+BLOOM = {"vocab_size": 100, "hidden_size": 48, "n_layer": 3, "n_head": 4}
+BERT = SMALL | {"max_position_embeddings": 64, "type_vocab_size": 5}
+T5 = {"vocab_size": 100, "d_model": 48, "d_kv": 10, "d_ff": 80, "num_layers": 3, "num_heads": 6, "relative_attention_num_buckets": 7}
+UNTIED, TIED, BIASES = {"tie_word_embeddings": False}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}
+CONFIGS = {name: getattr(transformers, f"{family}Config")(**keys) for name, family, keys in [
+    ("llama", "Llama", SMALL | {"num_key_value_heads": 2}), ("llama, biases", "Llama", SMALL | BIASES),
+    ("llama, tied", "Llama", SMALL | TIED | {"head_dim": 16}),
+    ("granite", "Granite", GROUPED), ("granite, attention", "Granite", GROUPED | TIED | {"attention_bias": True}),
+    ("granite, MLP", "Granite", GROUPED | {"mlp_bias": True}),
+    ("smollm3", "SmolLM3", GROUPED), ("smollm3, biases", "SmolLM3", GROUPED | UNTIED | BIASES),
+    ("mistral", "Mistral", ODD_HEADS), ("mistral, tied, no biases whatever is said", "Mistral", GROUPED | TIED | BIASES),
+    ("qwen2", "Qwen2", GROUPED), ("qwen2, tied, its biases whatever is said", "Qwen2", GROUPED | TIED | {"attention_bias": False, "mlp_bias": True}),
+    ("qwen3", "Qwen3", ODD_HEADS), ("qwen3, biases", "Qwen3", ODD_HEADS | TIED | {"attention_bias": True}),
+    ("gemma", "Gemma", ODD_HEADS), ("gemma, biases", "Gemma", ODD_HEADS | UNTIED | {"attention_bias": True}),
+    ("gemma2", "Gemma2", ODD_HEADS), ("gemma2, biases", "Gemma2", ODD_HEADS | UNTIED | {"attention_bias": True}),
+    ("phi", "Phi", GROUPED), ("phi, tied", "Phi", GROUPED | TIED), ("phi, odd heads", "Phi", ODD_HEADS | {"qk_layernorm": True}),
+    ("phi3", "Phi3", GROUPED), ("phi3, tied", "Phi3", ODD_HEADS | TIED),
+    ("glm", "Glm", ODD_HEADS), ("glm, no bias", "Glm", ODD_HEADS | TIED | {"attention_bias": False}),
+    ("glm4", "Glm4", ODD_HEADS), ("glm4, no bias", "Glm4", ODD_HEADS | TIED | {"attention_bias": False}),
+    ("gpt_neox", "GPTNeoX", SMALL | {"hidden_size": 64}), ("gpt_neox, tied", "GPTNeoX", SMALL | TIED | {"hidden_size": 64, "attention_bias": False}),
+    ("falcon, old", "Falcon", FALCON | {"multi_query": False, "bias": True, "parallel_attn": False}), ("falcon, 7b", "Falcon", FALCON | UNTIED),
+    ("falcon, 7b wide", "Falcon", FALCON | {"ffn_hidden_size": 80, "num_kv_heads": 3, "num_ln_in_parallel_attn": 2}),
+    ("falcon, 40b", "Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("falcon, 11b", "Falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1,
+                                        "ffn_hidden_size": 80, "bias": True}),
+    ("falcon, both", "Falcon", FALCON | {"new_decoder_architecture": True, "parallel_attn": False}),
+    ("bloom", "Bloom", BLOOM), ("bloom, untied", "Bloom", BLOOM | UNTIED),
+    ("gpt2", "GPT2", GPT), ("gpt2, untied", "GPT2", GPT | UNTIED | {"n_inner": 80}), ("gpt_bigcode", "GPTBigCode", GPT),
+    ("gpt_bigcode, heads of their own", "GPTBigCode", GPT | UNTIED | {"multi_query": False, "n_inner": 80}),
+    ("gptj", "GPTJ", GPT | {"rotary_dim": 4}), ("gptj, tied", "GPTJ", GPT | TIED | {"rotary_dim": 4, "n_inner": 80}),
+    ("opt", "OPT", OPT), ("opt, narrow", "OPT", OPT | {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    ("opt, bare", "OPT", OPT | UNTIED | {"word_embed_proj_dim": 32, "enable_bias": False, "layer_norm_elementwise_affine": False}),
+    ("opt, no last norm", "OPT", OPT | {"_remove_final_layer_norm": True}),
+    ("bert", "Bert", BERT), ("bert, untied", "Bert", BERT | UNTIED), ("roberta", "Roberta", BERT), ("roberta, untied", "Roberta", BERT | UNTIED),
+    ("t5", "T5", T5), ("t5, gated", "T5", T5 | {"feed_forward_proj": "gated-gelu", "num_decoder_layers": 2}),
+]}
+
+
+def built(config):
+    """transformers' own model of that config, without numbers."""
+    config.pad_token_id = 0                                   # a family's own may lie beyond a small vocabulary
+    kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parameters_and_targets_are_transformers(name, tmp_path):
+    """Every linear layer of the blocks is of one kind, that with the longest name it ends in; so each kind has its count, out, in and bias."""
     CONFIGS[name].save_pretrained(tmp_path)
-    found = shape(str(tmp_path / "config.json"))
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name])
-    assert found.parameters == sum(p.numel() for p in model.parameters())
-    for kind in found.kinds:
-        layers = [m for n, m in model.named_modules() if n.endswith("." + kind.name) and hasattr(m, "weight")]
-        assert len(layers) == kind.count and all({*m.weight.shape} == {kind.out, kind.into} and (m.bias is not None) == kind.bias for m in layers)
+    found, model = shape(str(tmp_path / "config.json")), built(CONFIGS[name])
+    assert found.parameters == parameters(model)
+    layers = Counter()
+    for path, module in model.named_modules():
+        if re.search(r"\.\d+\.", path) and isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D)):
+            kind = max((kind.name for kind in found.kinds if path.endswith("." + kind.name)), key=len)
+            out, into = module.weight.shape if isinstance(module, nn.Linear) else module.weight.T.shape
+            layers[kind, out, into, module.bias is not None] += 1
+    assert layers == {(kind.name, kind.out, kind.into, kind.bias): kind.count for kind in found.kinds}
     assert shape(str(tmp_path)) == found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_key_that_is_left_out_is_what_transformers_takes(name, tmp_path):
+    """Every key of the file in turn: without it the same model as theirs, or refused by its name."""
+    derived = ("transformers_version", "layer_types", "no_rope_layers", "is_gated_act", "dense_act_fn", "scale_decoder_outputs")
+    config = {key: value for key, value in CONFIGS[name].to_diff_dict().items() if key not in derived}
+    for key in config.keys() - {"model_type", "rope_parameters", "rotary_dim"}:
+        (tmp_path / "config.json").write_text(json.dumps({other: value for other, value in config.items() if other != key}))
+        try:
+            found = shape(str(tmp_path))
+        except ValueError as error:
+            assert f"{key!r} is missing or no number" in str(error)
+        else:
+            assert found.parameters == parameters(built(transformers.AutoConfig.from_pretrained(tmp_path))), key
+
+
+CHATGLM2 = {"model_type": "chatglm", "hidden_size": 4096, "ffn_hidden_size": 13696, "num_layers": 28, "kv_channels": 128, "num_attention_heads": 32,
+            "multi_query_attention": True, "multi_query_group_num": 2, "padded_vocab_size": 65024, "add_qkv_bias": True, "add_bias_linear": False}
+SMALL_CHATGLM2 = {"model_type": "chatglm", "hidden_size": 48, "ffn_hidden_size": 80, "num_layers": 3, "kv_channels": 10, "num_attention_heads": 6,
+                  "multi_query_attention": True, "multi_query_group_num": 2, "padded_vocab_size": 100}
+
+
+@pytest.mark.parametrize("config, total", [
+    (CHATGLM2, 6_243_584_000), (CHATGLM2 | {"num_layers": 40, "padded_vocab_size": 151552}, 9_399_951_360),
+    ({"model_type": "falcon", "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71, "vocab_size": 65024}, 6_921_720_704),
+    ({"model_type": "bloom", "n_embed": 1024, "n_layer": 24, "num_attention_heads": 16, "vocab_size": 250880}, 559_214_592),
+    ({"model_type": "gptj", "n_embd": 4096, "n_layer": 28, "n_head": 16, "vocab_size": 50400, "tie_word_embeddings": False}, 6_050_882_784),
+    ({"model_type": "bert", "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "vocab_size": 30522}, 109_514_298),
+    ({"model_type": "t5", "d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "vocab_size": 32128}, 222_903_552),
+    ({"model_type": "t5", "d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "vocab_size": 32128, "feed_forward_proj": "gated-gelu",
+      "tie_word_embeddings": False}, 247_577_856),
+], ids=["ChatGLM2-6B", "GLM-4-9B", "Falcon-7B", "BLOOM-560M", "GPT-J-6B", "BERT base", "T5 base", "Flan-T5 base"])
+def test_published_sizes(config, total):
+    assert from_config("it", config).parameters == total
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_chatglm2_is_transformers_glm_in_other_words(bias):
+    """Their own code is not in transformers; Glm is the same model, q, k and v apart."""
+    model = built(transformers.GlmConfig(**ODD_HEADS, attention_bias=bias))
+    found = from_config("it", SMALL_CHATGLM2 | {"add_qkv_bias": bias})
+    assert found.parameters == parameters(model)
+    block = model.model.layers[0]
+    there = (sum(layer.out_features for layer in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)), *(
+        layer.out_features for layer in (block.self_attn.o_proj, block.mlp.gate_up_proj, block.mlp.down_proj)))
+    assert tuple(kind.out for kind in found.kinds) == there and [kind.into for kind in found.kinds] == [48, 60, 48, 80]
+    assert [(kind.name, kind.count, kind.bias) for kind in found.kinds] == [
+        ("query_key_value", 3, bias), ("dense", 3, False), ("dense_h_to_4h", 3, False), ("dense_4h_to_h", 3, False)]
+
+
+def test_chatglm2s_switches():
+    """What each adds, layer by layer, to three layers of 6 heads of 10 and 2 keys in a width of 48."""
+    plain = from_config("it", SMALL_CHATGLM2).parameters
+    everywhere = 3 * (100 + 48 + 160 + 48)
+    for changes, more in (
+        ({"multi_query_attention": False}, 3 * 80 * 48), ({"add_bias_linear": True}, everywhere), ({"add_qkv_bias": True}, 3 * 100),
+        ({"add_bias_linear": True, "add_qkv_bias": True}, everywhere), ({"rmsnorm": False}, 7 * 48), ({"post_layer_norm": False}, -48),
+    ):
+        assert from_config("it", SMALL_CHATGLM2 | changes).parameters == plain + more
 
 
 @pytest.mark.parametrize("name, parameters", [("chatglm-6b", 6_173_286_400), ("llama-7b", 6_738_415_616), ("llama-13b", 13_015_864_320),
@@ -70,7 +179,7 @@ def test_extrapolation_is_the_ledger_of_a_model_that_is_here(method, base):
     if base == "nf4":
         ml.quantize(model)
     ml.adapt(model, method)
-    there = shape_of(config)
+    there = from_config("here", config.to_dict())
     *_, total = extrapolated(there, method, tokens=33, base=base)
     *_, here = predicted(model, tokens=33)
     assert ledger(model, tokens=33)[-1] == here
@@ -80,17 +189,32 @@ def test_extrapolation_is_the_ledger_of_a_model_that_is_here(method, base):
         assert total.alive_bytes == here.alive_bytes and total.frozen_bytes == here.frozen_bytes - buffers
 
 
-def shape_of(config):
-    from minilora.shapes import FAMILIES
-    return FAMILIES[config.model_type]("here", config.to_dict())
-
-
 def test_what_is_not_known_is_refused(tmp_path):
-    for content, message in (("{}", "no model_type"), ("[1]", "no model_type"), ("not json", "no model_type"), ('{"model_type": "mamba"}', "'mamba' is not known here; known are llama"),
-                             ('{"model_type": "llama", "hidden_size": 5}', "intermediate_size"), (json.dumps(KNOWN["llama-7b"] | {"num_hidden_layers": "x"}), "no number")):
-        (tmp_path / "config.json").write_text(content)
-        with pytest.raises(ValueError, match=message):
-            shape(str(tmp_path / "config.json"))
+    llama, there = KNOWN["llama-7b"], tmp_path / "config.json"
+    without = {key: value for key, value in llama.items() if key != "intermediate_size"}
+    for content, message in (
+        *((text, "no model_type") for text in (b"{}", b"[1]", b"7", b"null", b"not json", b"[" * 200_000, b'{"model_type": ' + b"9" * 5000 + b"}",
+                                               b'{"model_type": ["llama"]}', b"\xff\xfe{")),
+        ({"model_type": "mamba"}, "'mamba' is not known here; known are llama"),
+        ({"model_type": "llava", "text_config": {"hidden_size": 8}}, "'llava' with a text_config is a model of several parts"),
+        (CHATGLM2 | {"vision_config": {"hidden_size": 8}}, "'chatglm' with a vision_config"),
+        (without, "'intermediate_size' is missing or no number"),
+        ({"model_type": "chatglm", "hidden_size": 8, "num_layers": 2}, "'inner_hidden_size' is missing"),
+        ({"model_type": "chatglm", "hidden_size": 8, "num_layers": 2, "padded_vocab_size": 9}, "'ffn_hidden_size' is missing"),
+        (llama | {"num_attention_heads": 31}, "'num_attention_heads' must divide 'hidden_size', got 31 and 4096"),
+        (llama | {"tie_word_embeddings": "no"}, "'tie_word_embeddings' must be true or false, got \"no\""),
+        (llama | {"mlp_bias": None}, "'mlp_bias' must be true or false, got null"),
+        (KNOWN["gpt2"] | {"add_cross_attention": True}, "'add_cross_attention' is true"),
+        (CONFIGS["t5"].to_dict() | {"feed_forward_proj": 1}, "'feed_forward_proj' must be a name such as gated-gelu, got 1"),
+    ):
+        there.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        with pytest.raises(ValueError, match=f"^{there}: .*{message}"):
+            shape(str(there))
+    there.write_bytes(b"\xef\xbb\xbf" + json.dumps(llama).encode())           # with a byte order mark, as some editors write it
+    assert shape(str(there)).parameters == shape("llama-7b").parameters
+    there.unlink()
+    with pytest.raises(ValueError, match=f"^{tmp_path}: a folder without a config.json$"):
+        shape(str(tmp_path))
     with pytest.raises(ValueError, match="no shape named 'gpt-9' and no such file; known are chatglm-6b, llama-7b"):
         shape("gpt-9")
     with pytest.raises(ValueError, match="llama-7b has no linear layers named 'qkv'; it has down_proj"):
@@ -99,3 +223,31 @@ def test_what_is_not_known_is_refused(tmp_path):
         extrapolated(shape("llama-7b"), ml.LoRA(5000))
     with pytest.raises(ValueError, match="must move W"):
         extrapolated(shape("llama-7b"), ml.DeltaLoRA(8), base="nf4")
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "," not in name] + ["falcon, 11b", "chatglm", "chatglm2"])
+def test_sizes_that_are_no_sizes_are_refused_by_name(name, tmp_path):
+    """Whatever a file has at a key whose value counts: one line which names both, or, where the key may be null, what it is without it."""
+    config = {"chatglm": KNOWN["chatglm-6b"], "chatglm2": CHATGLM2}.get(name) or CONFIGS[name].to_dict()
+    whole = from_config("it", config)
+
+    def refused(key, value):
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+        try:
+            found = shape(str(tmp_path))
+        except ValueError as error:
+            text = str(error)
+            assert text.startswith(f"{tmp_path / 'config.json'}: '") and f"'{key}'" in text
+            assert len(text) < len(str(tmp_path)) + 160 and "\n" not in text
+            return True
+        assert (found.kinds, found.rest) == (whole.kinds, whole.rest) or value is None
+        return False
+
+    numbers = [key for key, value in config.items() if type(value) is int and refused(key, "4\n" * 99)]
+    assert len(numbers) >= 3
+    for key in numbers:
+        assert all(refused(key, value) for value in ("", "4096", 4.5, 64.0, 0, -4, True, False, [4], {}, 2**31, 10**4000, float("inf"), float("nan")))
+        refused(key, None)
+    assert any(refused(key, None) for key in numbers)
+    for key in (key for key, value in config.items() if type(value) is bool and refused(key, "true")):
+        assert all(refused(key, value) for value in ("", 1, 0, None, [True]))
