@@ -227,17 +227,20 @@ def write_comparison(runs: list[dict], out: Path) -> None:
     for task in dict.fromkeys(run["task"] for run in runs):
         better[task], kept[task] = [], []
         for entry in (entry for entry in compare.entries_of(runs, task) if entry.rank is None):
-            mean, low, high = compare.bootstrap(list(compare.score_of(runs, task, entry).values()))
-            forgotten, *_ = compare.bootstrap(list(compare.score_of(runs, task, entry, "forgotten").values()))
-            parameters = [run["costs"].get("trainable_parameters") for run in runs if run["task"] == task and run["method"] == entry.method and run["base"] == entry.base]
-            if math.isfinite(mean):
-                low, high = (low, high) if math.isfinite(low) else (mean, mean)
-                better[task].append((entry.method, entry.base, parameters[0], mean, low, high))
-                kept[task].append((entry.method, entry.base, mean, forgotten))
+            score, lost = (drawn(compare.score_of(runs, task, entry, name)) for name in ("bits_per_byte", "forgotten"))
+            if score:
+                better[task].append((entry.method, entry.base, compare.costs_of(runs, task, entry)["trainable_parameters"], score))
+                kept[task].append((entry.method, entry.base, score, lost))
     for name, figure in (("quality.png", plots.quality(better)), ("forgetting.png", plots.forgetting(kept))):
         picture = io.BytesIO()
         figure.savefig(picture, dpi=110)
         storage.write_atomically(out / name, picture.getvalue())
+
+
+def drawn(scores: dict[int, float]) -> plots.Interval | None:
+    """The mean and its interval, of no width where there is one seed; None where a run diverged."""
+    mean, low, high = compare.bootstrap(list(scores.values()))
+    return None if math.isnan(mean) else (mean, low, high) if math.isfinite(low) else (mean,) * 3
 
 
 def run_claims(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from minilora.adapter import adapt, merge
-from minilora.compare import Entry, bootstrap, paired, score_of
+from minilora.compare import Entry, bootstrap, of, paired, score_of
 from minilora.measure import COSTS, flops, nf4_bytes
 from minilora.methods import make_method
 
@@ -85,11 +85,8 @@ def fewer_parameters(one: Entry, other: Entry) -> Samples:
     """How many times fewer `one` trains, as it stood at the end of each run."""
 
     def samples(runs: list[dict], task: str) -> list[float]:
-        count = {}
-        for entry in (one, other):
-            count[entry] = {run["seed"]: run["costs"]["trainable_parameters"] for run in runs if run["task"] == task and run["costs"].get("trainable_parameters")
-                            and Entry(run["method"], run["base"], run["rank"]) == entry}
-        return [count[other][seed] / count[one][seed] for seed in sorted(count[one].keys() & count[other].keys())]
+        ours, theirs = ({run["seed"]: run["costs"].get("trainable_parameters", math.nan) for run in of(runs, task, entry)} for entry in (one, other))
+        return [theirs[seed] / ours[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
     return samples
 

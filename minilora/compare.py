@@ -19,7 +19,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from math import prod
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from minilora import data, storage
-from minilora.adapter import adapt, find_targets, trainable_parameters
+from minilora.adapter import adapt, find_targets
 from minilora.gpt import TinyGPT, load_base
 from minilora.measure import COSTS, bytes_alive, disk_bytes, ledger
 from minilora.methods import METHODS, RATES, make_method
@@ -247,13 +247,18 @@ def step_ratio(entry: Entry, settings: Settings, rounds: int = 6) -> float:
 
 
 def priced(entry: Entry, settings: Settings) -> dict:
-    """What the entry costs in training, whatever the task: bytes of each kind, and the time of a step."""
+    """What a step costs, whatever the task: bytes alive for backward in the whole model, and its time."""
     model = entry.adapted(settings.steps, settings.base)
     x, y = data.world().batches(settings.rows, CONTEXT)(0)
     alive = bytes_alive(model, lambda: next_byte_loss(model.train(), x, y))
+    return {"alive_bytes": alive, "step_ratio": round(step_ratio(entry, settings), 3)}
+
+
+def weighed(model: TinyGPT) -> dict:
+    """What a trained model holds. LoRA-drop has found only in training which layers share."""
     total = ledger(model, tokens=1)[-1]
-    return {"weight_bytes": total.trained_bytes + total.frozen_bytes, "gradient_bytes": total.gradient_bytes, "optimizer_bytes": total.optimizer_bytes,
-            "alive_bytes": alive, "step_ratio": round(step_ratio(entry, settings), 3)}
+    return {"trainable_parameters": total.trainable, "disk_bytes": disk_bytes(model), "weight_bytes": total.trained_bytes + total.frozen_bytes,
+            "gradient_bytes": total.gradient_bytes, "optimizer_bytes": total.optimizer_bytes}
 
 
 def published_rate(entry: Entry, task: str) -> float:
@@ -289,8 +294,8 @@ def compare(tasks: dict[str, data.Task], seeds: int, out: Path, settings: Settin
                 prices[entry, here] = priced(entry, here)
             for key in missing:
                 scores, model = here.run(entry, task, lr, key["seed"])
-                trained = {"trainable_parameters": trainable_parameters(model), "disk_bytes": disk_bytes(model)} if model else {}
-                results.add("runs", key | {"lr": lr, "steps": here.steps, "scores": scores, "costs": trained | prices[entry, here]})
+                costs = (weighed(model) if model else {}) | prices[entry, here]
+                results.add("runs", key | {"lr": lr, "steps": here.steps, "scores": scores, "costs": costs})
                 say(f"{name}: {entry}, seed {key['seed']}: {shown(scores['bits_per_byte'])} bits per byte")
     return results
 
@@ -320,14 +325,20 @@ def student_t(p: float, freedom: int) -> float:
     return math.sqrt(freedom) * math.tan(theta[np.searchsorted(below / below[-1], 2 * p - 1)])
 
 
+def of(runs: list[dict], task: str, entry: Entry) -> Iterator[dict]:
+    return (run for run in runs if run["task"] == task and Entry(run["method"], run["base"], run["rank"]) == entry)
+
+
 def score_of(runs: list[dict], task: str, entry: Entry, name: str = "bits_per_byte") -> dict[int, float]:
     """seed -> score. A run that diverged has nan."""
-    found = {}
-    for run in runs:
-        if run["task"] == task and {key: run[key] for key in ("method", "base", "rank")} == asdict(entry):
-            value = run["scores"].get(name)
-            found[run["seed"]] = math.nan if value is None else value
-    return found
+    scores = {run["seed"]: run["scores"].get(name) for run in of(runs, task, entry)}
+    return {seed: math.nan if score is None else score for seed, score in scores.items()}
+
+
+def costs_of(runs: list[dict], task: str, entry: Entry) -> dict:
+    """Of the first seed that did not diverge; else what is known without training."""
+    costs = [run["costs"] for run in of(runs, task, entry)]
+    return next((cost for cost in costs if "trainable_parameters" in cost), costs[0])
 
 
 def paired(one: dict[int, float], other: dict[int, float]) -> list[float]:
@@ -345,12 +356,11 @@ def table(runs: list[dict], task: str, budget: list[Entry] | None = None) -> str
     full, asks = score_of(runs, task, Entry("full")), any("exact_match" in run["scores"] for run in runs if run["task"] == task)
     rows = []
     for entry in lineup:
-        mine = [run for run in runs if run["task"] == task and Entry(run["method"], run["base"], run["rank"]) == entry]
         score = score_of(runs, task, entry)
         mean, low, high = bootstrap(list(score.values()))
         behind, worst, best = bootstrap(paired(score, full))
-        costs = next((run["costs"] for run in mine if run["costs"].get("trainable_parameters")), mine[0]["costs"])
-        cells = [str(entry), f"{mine[0]['lr']:.2g}", interval(mean, low, high), "" if entry.method == "full" else interval(behind, worst, best, "+.3f")]
+        costs, rate = costs_of(runs, task, entry), next(of(runs, task, entry))["lr"]
+        cells = [str(entry), f"{rate:.2g}", interval(mean, low, high), "" if entry.method == "full" else interval(behind, worst, best, "+.3f")]
         cells += [f"{100 * bootstrap(list(score_of(runs, task, entry, 'exact_match').values()))[0]:.1f}"] * asks
         cells += [f"{bootstrap(list(score_of(runs, task, entry, 'forgotten').values()))[0]:+.2f}", f"{costs.get('trainable_parameters', 0):,}"]
         cells += [f"{costs[key] / 1024:,.0f}" if key in costs else "" for key in ("weight_bytes", "gradient_bytes", "optimizer_bytes", "alive_bytes", "disk_bytes")]

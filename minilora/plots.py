@@ -139,18 +139,19 @@ def merge_survival(ratios: list[float], shares: dict[tuple[str, str], list[float
     return figure
 
 
-def quality(points: dict[str, list[tuple[str, str, float, float, float, float]]]) -> Figure:
-    """Held-out bits per byte against trainable parameters. task: (method, base, parameters, mean, low, high) of each entry."""
+Interval = tuple[float, float, float]                           # mean, low, high
+
+
+def quality(points: dict[str, list[tuple[str, str, int, Interval]]]) -> Figure:
+    """Held-out bits per byte against trainable parameters. task: (method, base, parameters, bits per byte) of each entry."""
     figure, panels = _panels(points)
     for axes, entries in zip(panels, points.values()):
-        for method, base, parameters, mean, low, high in entries:
-            axes.plot([parameters, parameters], [low, high], color=BASES[base][0], linewidth=1.5, alpha=0.6)
         axes.set(xscale="log", xlabel="trainable parameters", ylabel="held out, bits per byte\n(better: lower)")
-        _named(axes, [(method, base, parameters, mean) for method, base, parameters, mean, _, _ in entries])
+        _named(axes, [(method, base, (parameters,) * 3, score) for method, base, parameters, score in entries])
     return figure
 
 
-def forgetting(points: dict[str, list[tuple[str, str, float, float]]]) -> Figure:
+def forgetting(points: dict[str, list[tuple[str, str, Interval, Interval]]]) -> Figure:
     """What was forgotten against what was learned. task: (method, base, bits per byte held out, bits per byte more on the tiny world)."""
     figure, panels = _panels(points)
     for axes, entries in zip(panels, points.values()):
@@ -175,10 +176,13 @@ def _panels(tasks) -> tuple[Figure, list]:
     return figure, panels
 
 
-def _named(axes, points: list[tuple[str, str, float, float]]) -> None:
-    """(method, base, x, y): the points, and their names in a column at the right, each tied to its point, highest first."""
-    for method, base, x, y in points:
-        axes.plot(x, y, marker=BASES[base][1], color=BASES[base][0], markersize=5)
+def _named(axes, points: list[tuple[str, str, Interval, Interval]]) -> None:
+    """(method, base, x, y): the points with their intervals, and their names in a column at the right, each tied to its point, highest first."""
+    for method, base, (x, left, right), (y, under, over) in points:
+        color, marker, _ = BASES[base]
+        axes.plot([left, right, x, x, x], [y, y, y, under, over], color=color, linewidth=1.2, alpha=0.45)
+        axes.plot(x, y, marker=marker, color=color, markersize=5)
+    points = [(method, base, x, y) for method, base, (x, *_), (y, *_) in points]
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     room = max(len(points), 12)                                 # so that a few names do not stand miles apart
@@ -240,7 +244,7 @@ def rank_film(film: dict) -> Figure:
     axes = figure.add_subplot(grid[1, :])
     axes.plot(film["budget"], color=BLUE, linewidth=2, label="budget: triplets that all layers together may keep")
     axes.plot(film["steps"], [sum(kept) for kept in film["kept"]], "o", color=VERMILION, label="kept")
-    axes.set(xlabel="step", ylabel="triplets", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="triplets", ylim=(0, 1.15 * film["budget"][0]))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
     return figure

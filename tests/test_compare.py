@@ -324,10 +324,10 @@ def test_a_table_has_a_row_for_each_and_is_best_first():
 
 
 def test_pictures_and_csv_show_every_entry(tmp_path):
-    points = {"voice": [("lora", "fp32", 1000, 1.0, 0.9, 1.1), ("vera", "nf4", 100, 1.4, 1.3, 1.5)]}
+    points = {"voice": [("lora", "fp32", 1000, (1.0, 0.9, 1.1)), ("vera", "nf4", 100, (1.4, 1.3, 1.5))]}
     texts = [text.get_text() for text in plots.quality(points).axes[0].texts]
     assert {"lora", "vera"} == set(texts)
-    assert {"lora", "vera"} == {t.get_text() for t in plots.forgetting({"v": [("lora", "fp32", 1.0, 0.5), ("vera", "nf4", 1.4, 0.1)]}).axes[0].texts}
+    assert {"lora", "vera"} == {t.get_text() for t in plots.forgetting({"v": [("lora", "fp32", (1.0,) * 3, (0.5, 0.4, 0.6)), ("vera", "nf4", (1.4,) * 3, (0.1,) * 3)]}).axes[0].texts}
     compare.write_csv(made_up("lora", [1.2, 1.3]), tmp_path / "r.csv")
     lines = (tmp_path / "r.csv").read_text().splitlines()
     assert len(lines) == 3 and lines[0].startswith("method,base,rank,task,seed,lr,bits_per_byte")
@@ -374,3 +374,36 @@ def test_the_curve_runs_nothing_twice(monkeypatch):
     assert records == kept and [(r["method"], r["parameters"] > 0) for r in records] == [("lora", True), ("full", True)]
     assert capacity.curve(8, 2, 1, done=records, say=quietly, keep=kept.append) == records and len(kept) == 2
     assert len(plots.capacity(records, capacity.BITS).axes) == 2
+
+
+# What is published
+
+def test_every_published_rate_follows_from_the_published_search(tmp_path, monkeypatch):
+    """The search is replayed on its own records; none may be missing, and none may be over."""
+    published, results = compare.read(compare.PUBLISHED), Results(tmp_path / "results.json", {"settings": {}})
+    results.content["search"], used = published["search"], set()
+    find = Results.find
+    monkeypatch.setattr(Results, "find", lambda self, part, **key: used.add(tuple(key.values())) or find(self, part, **key))
+    monkeypatch.setattr(Settings, "trial", lambda *_: pytest.fail("a search run is missing"))
+    chosen = {(run["task"], run["method"], run["base"], run["rank"]): run["lr"] for run in published["runs"]}
+    assert len(chosen) == len({(*key, run["lr"]) for run in published["runs"] for key in [(run["task"], run["method"], run["base"], run["rank"])]})
+    for (name, *entry), lr in chosen.items():
+        assert compare.search(Entry(*entry), name, compare.TASKS[name](), Settings(), results) == lr
+    assert len(used) == len(published["search"]) == 8 * len(chosen)
+
+
+def test_the_published_fight_is_whole():
+    """Every entry on every task, five paired seeds, at the costs that the formulas tell."""
+    published = compare.read(compare.PUBLISHED)
+    lineup = {*entries(), *at_budget(73_728, 100), *claims.LINEUP}
+    for name in compare.TASKS:
+        assert {*compare.entries_of(published["runs"], name)} == lineup
+        for entry in lineup:
+            assert sorted(score_of(published["runs"], name, entry)) == [0, 1, 2, 3, 4]
+    assert published["about"]["command"].startswith("python -m minilora compare --task voice,facts,sums --seeds 5 ") and published["about"]["versions"]
+    parameters = {entry: ml.trainable_parameters(entry.adapted(100)) for entry in lineup if entry.method != "lora-drop"}       # there the data decide
+    for run in published["runs"]:
+        entry = Entry(run["method"], run["base"], run["rank"])
+        assert run["scores"]["bits_per_byte"] is not None and ("exact_match" in run["scores"]) == (run["task"] != "voice")
+        assert run["costs"]["trainable_parameters"] == parameters.get(entry, run["costs"]["trainable_parameters"])
+        assert run["costs"]["gradient_bytes"] == 4 * run["costs"]["trainable_parameters"]
