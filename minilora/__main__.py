@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import minilora as ml
-from minilora import capacity, claims, compare, data, measure, plots, shapes, storage
+from minilora import capacity, claims, compare, data, measure, plots, scoreboard, shapes, storage
 from minilora.methods import METHODS, RATES, make_method
 
 CHECKPOINT, MODEL, HISTORY, PICTURE = "checkpoint.pt", "model.safetensors", "history.json", "loss.png"
@@ -113,9 +113,9 @@ def parser() -> Parser:
     cost = commands.add_parser("cost", help="what a method costs on a real model, by the formulas")
     cost.add_argument("--shape", help=f"{', '.join(shapes.KNOWN)}, or a model's config.json (default: the shipped base, measured)")
     cost.add_argument("--method", type=method_name, default="lora")
-    cost.add_argument("--rank", type=whole(1), default=8)
+    cost.add_argument("--rank", type=whole(1), help="default: 8, VeRA 64")
     cost.add_argument("--targets", help="comma-separated names of layers (default: all linear layers of the blocks)")
-    cost.add_argument("--base", dest="base_type", choices=["fp32", "fp16", "nf4"], help="how the frozen weights are stored (default: fp16; the shipped base: fp32)")
+    cost.add_argument("--base", dest="base_type", choices=["fp32", "fp16", "nf4"], help="how the frozen weights are stored (default: fp16; the shipped base: fp32; nf4 where the method does so itself)")
     cost.add_argument("--tokens", type=whole(1), default=1024, help="in a batch, for bytes alive and FLOPs")
     cost.add_argument("--picture", type=Path, metavar="FILE", help="draw the bars of every method there (PNG)")
     cost.set_defaults(run=run_cost)
@@ -172,8 +172,7 @@ def write_results(out: Path, model: ml.TinyGPT, summary: dict, floor: float | No
         ml.save_adapter(model, out)
     else:
         storage.save_model(model, out / MODEL)
-    name = summary["task"] if summary["task"].isascii() else "your text"       # matplotlib's own font knows no Chinese
-    title = f"{name}: {summary['method']}, {summary['trainable_parameters']:,} trainable parameters"
+    title = f"{plots.printable(summary['task'])}: {summary['method']}, {summary['trainable_parameters']:,} trainable parameters"
     picture = io.BytesIO()
     plots.loss_curve(summary, title, floor).savefig(picture, dpi=150)
     storage.write_atomically(out / PICTURE, picture.getvalue())
@@ -200,7 +199,7 @@ def run_compare(args: argparse.Namespace) -> int:
     settings = compare.Settings(args.steps or (40 if args.quick else 100), base=args.base)
     out, seeds = args.out or Path("runs/compare"), args.seeds or (1 if args.quick else 5)
     refuse_file(out)
-    budget = compare.at_budget(args.budget, settings.steps) if args.budget else []
+    budget = compare.at_budget(args.budget, settings.steps, args.base) if args.budget else []
     lineup = list(dict.fromkeys([*compare.entries(), *budget, *(claims.LINEUP if args.claims else ())]))
     command = " ".join(["python -m minilora", *(sys.argv[1:] if sys.argv[0].endswith("__main__.py") else ["compare"])])
     try:
@@ -208,12 +207,14 @@ def run_compare(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; the finished runs are in {out}. The same command goes on from there.", file=sys.stderr)
         return 130
+    runs = [run for run in runs if run["task"] in tasks and run["seed"] < seeds]        # an earlier call may have made more
     write_comparison(runs, out)
     for task in tasks:
         print(f"\n{task}, at equal steps; bytes in KiB, time as a share of full fine-tuning's, forgotten in bits per byte on the tiny world")
-        print(compare.table(runs, task))
-        if budget:
-            print(f"\n{task}, at about {args.budget:,} trainable parameters\n{compare.table(runs, task, budget)}")
+        print(scoreboard.table(runs, task))
+        if args.budget:
+            print(f"\n{task}, at about {args.budget:,} trainable parameters")
+            print(scoreboard.table(runs, task, budget) if budget else "no method can be brought within a tenth of that")
     if args.claims:
         print(f"\n{claims.report(runs)}")
     print(f"\nin {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
@@ -222,14 +223,14 @@ def run_compare(args: argparse.Namespace) -> int:
 
 def write_comparison(runs: list[dict], out: Path) -> None:
     """The table as CSV, and the two pictures."""
-    compare.write_csv(runs, out / "results.csv")
+    scoreboard.write_csv(runs, out / "results.csv")
     better, kept = {}, {}
     for task in dict.fromkeys(run["task"] for run in runs):
         better[task], kept[task] = [], []
-        for entry in (entry for entry in compare.entries_of(runs, task) if entry.rank is None):
-            score, lost = (drawn(compare.score_of(runs, task, entry, name)) for name in ("bits_per_byte", "forgotten"))
+        for entry in (entry for entry in scoreboard.entries_of(runs, task) if entry.rank is None):
+            score, lost = (drawn(scoreboard.score_of(runs, task, entry, name)) for name in ("bits_per_byte", "forgotten"))
             if score:
-                better[task].append((entry.method, entry.base, compare.costs_of(runs, task, entry)["trainable_parameters"], score))
+                better[task].append((entry.method, entry.base, scoreboard.costs_of(runs, task, entry)["trainable_parameters"], score))
                 kept[task].append((entry.method, entry.base, score, lost))
     for name, figure in (("quality.png", plots.quality(better)), ("forgetting.png", plots.forgetting(kept))):
         picture = io.BytesIO()
@@ -239,7 +240,7 @@ def write_comparison(runs: list[dict], out: Path) -> None:
 
 def drawn(scores: dict[int, float]) -> plots.Interval | None:
     """The mean and its interval, of no width where there is one seed; None where a run diverged."""
-    mean, low, high = compare.bootstrap(list(scores.values()))
+    mean, low, high = scoreboard.bootstrap(list(scores.values()))
     return None if math.isnan(mean) else (mean, low, high) if math.isfinite(low) else (mean,) * 3
 
 
@@ -274,15 +275,19 @@ def run_capacity(args: argparse.Namespace) -> int:
 def run_cost(args: argparse.Namespace) -> int:
     targets = args.targets.split(",") if args.targets else None
     method = make_method(args.method, None if args.method == "full" else args.rank)
-    described = f"{args.method}{'' if args.method == 'full' else f', rank {args.rank}'}, {args.tokens:,} tokens"
+    rank = getattr(method, "target_rank", getattr(method, "rank", None))
+    described = f"{args.method}{f', rank {rank}' if rank else ''}, {args.tokens:,} tokens"
+    base = args.base_type or ("nf4" if args.method in compare.OWN_BASE else "fp16" if args.shape else "fp32")
+    if args.method in compare.OWN_BASE and base != "nf4":
+        raise ValueError(f"{args.method} puts its base in four bits; leave --base {base} out")
     if args.shape is None:
-        return measured_cost(args, method, targets, described)
-    shape, base = shapes.shape(args.shape), args.base_type or "fp16"
+        return measured_cost(args, method, targets, base, described)
+    shape = shapes.shape(args.shape)
     *lines, rest, total = measure.extrapolated(shape, method, targets, args.tokens, base)
     print(f"{shape.name}: {shape.parameters:,} parameters, {base}; {described}\n")
     there = {kind.name: kind for kind in shape.kinds}
     rows = [cost_row(line, kind.into, kind.out, kind.count) for line in lines for kind in [there[line.name]]]
-    print(compare.columns([COST_HEAD, *rows, cost_row(rest), cost_row(total)]))
+    print(scoreboard.columns([COST_HEAD, *rows, cost_row(rest), cost_row(total)]))
     print(f"\ntrained: {total.trainable:,} parameters ({total.trainable / shape.parameters:.4%}), {mib(4 * total.trainable)} in fp32, {mib(2 * total.trainable)} in fp16")
     print(COST_NOTE)
     if args.picture:
@@ -300,19 +305,19 @@ def cost_row(line: measure.Line, into: int = 0, out: int = 0, count: int = 0, na
             f"{line.forward_flops / 1e6:,.0f}", f"{line.backward_flops / 1e6:,.0f}"]
 
 
-def measured_cost(args: argparse.Namespace, method: ml.Method, targets: list[str] | None, described: str) -> int:
+def measured_cost(args: argparse.Namespace, method: ml.Method, targets: list[str] | None, base: str, described: str) -> int:
     """On the shipped base, which is here: every layer measured, and beside the sums what the formulas say."""
-    base = args.base_type or "fp32"
     if base == "fp16" or args.picture:
         raise ValueError("without --shape the shipped base is measured: on fp32 or nf4, and without a picture")
     model = compare.Entry(args.method, base).model()
     ml.adapt(model, method, targets)
+    method.before_step(model, 0)                          # from here on Delta-LoRA moves W
     *lines, rest, total = measure.ledger(model, args.tokens)
     sizes = {name: module for name, module in model.named_modules()}
     print(f"the shipped base: {sum(p.numel() for p in ml.load_base().parameters()):,} parameters, {base}; {described}\n")
     rows = [cost_row(line, sizes[line.name].in_features, sizes[line.name].out_features, 1) for line in lines]
     sums = [cost_row(total, name="all, measured"), cost_row(measure.predicted(model, args.tokens)[-1], name="all, by the formulas")]
-    print(compare.columns([COST_HEAD, *rows, cost_row(rest), *sums]))
+    print(scoreboard.columns([COST_HEAD, *rows, cost_row(rest), *sums]))
     print(f"\non disk: {measure.disk_bytes(model):,} bytes measured, {measure.predicted_disk_bytes(model):,} by the formula\n{COST_NOTE}")
     return 0
 
@@ -323,14 +328,14 @@ def draw_costs(args: argparse.Namespace, shape: shapes.Shape, targets: list[str]
     for name in METHODS:
         for base in ("fp16", "nf4"):
             try:
-                total = measure.extrapolated(shape, make_method(name, None if name in ("full", "vera") else args.rank), targets, args.tokens, base)[-1]
+                total = measure.extrapolated(shape, make_method(name, None if name == "full" else args.rank), targets, args.tokens, base)[-1]
             except ValueError:                            # it cannot stand on that base
                 continue
             if (name in compare.OWN_BASE) == (base == "nf4"):
                 bars[f"{name}, {base}"] = {"weights": (total.trained_bytes + total.frozen_bytes) / 2**30, "gradients": total.gradient_bytes / 2**30,
                                            "AdamW": total.optimizer_bytes / 2**30, f"alive, {args.tokens:,} tokens": total.alive_bytes / 2**30}
     picture = io.BytesIO()
-    plots.cost_bars(bars, f"{shape.name}, rank {args.rank}: memory of training").savefig(picture, dpi=110)
+    plots.cost_bars(bars, f"{plots.printable(shape.name)}, rank {args.rank or '8 (VeRA 64)'}: memory of training").savefig(picture, dpi=110)
     args.picture.parent.mkdir(parents=True, exist_ok=True)
     storage.write_atomically(args.picture, picture.getvalue())
     print(f"drawn: {args.picture}")

@@ -38,7 +38,7 @@ def read(path: Path) -> list[dict]:
     """The records of an earlier curve. Raises ValueError naming the file where it holds none."""
     try:
         records = json.loads(path.read_text())
-        whole = all({"method", "rank", "count", "steps", "seed", "parameters", "remembered", "bits"} <= record.keys() for record in records)
+        whole = isinstance(records, list) and all({"method", "rank", "count", "steps", "seed", "parameters", "remembered", "bits"} <= record.keys() for record in records)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, AttributeError):
         whole = False
     if not whole:

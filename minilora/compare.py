@@ -6,22 +6,19 @@
               a decade apart; two more, each where the best so far has most room beside it; and the best three of the five again with
               another seed, for a rate that is lucky once is not a good one
     report    on the task's held-out part, at that rate. A seed means the same batches for every method, so differences are paired
-    interval  bootstrap over the seeds' differences, widened for so few of them: 95 %
 
 Every finished run is in the results file at once, and none is ever made twice: a comparison that was stopped goes on where it was.
+What the runs say is read by scoreboard.py. (LoRA-drop's first look at the data, a tenth of the steps, comes on top and is not priced.)
 """
 
-import csv
 import hashlib
-import io
 import json
 import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from math import prod
 from pathlib import Path
 
@@ -69,9 +66,10 @@ def entries() -> list[Entry]:
     return [*(Entry(name) for name in METHODS if name not in OWN_BASE), *(Entry(name, "nf4") for name in METHODS if name not in ("full", "delta-lora"))]
 
 
-def at_budget(budget: int, steps: int, within: float = 0.1, largest: int = 512) -> list[Entry]:
-    """Every entry at the rank that brings it nearest to `budget` trainable parameters, if that is within a tenth of it."""
-    sizes, found = [(linear.out_features, linear.in_features) for linear in find_targets(load_base()).values()], []
+def at_budget(budget: int, steps: int, base: Path | None = None, within: float = 0.1, largest: int = 512) -> list[Entry]:
+    """Every entry at the rank that brings it nearest to `budget` trainable parameters, if that is within a tenth of it. LoRA-drop before
+    it drops: how many it will, only its data can tell."""
+    sizes, found = [(linear.out_features, linear.in_features) for linear in find_targets(load_base(base)).values()], []
     for entry in entries():
         if entry.method == "full":
             continue
@@ -116,20 +114,17 @@ class Settings:
         return score if math.isfinite(score) else None
 
     def run(self, entry: Entry, task: data.Task, lr: float, seed: int) -> tuple[dict, TinyGPT | None]:
-        """All the scores of one run, None for each where it diverged; and the model."""
-        names = ["bits_per_byte", "world_bits_per_byte", "forgotten"] + ["exact_match"] * bool(task.questions)
+        """All the scores of one run and its model; None for each where it diverged."""
         try:
             model, loss = self.train(entry, task, lr, seed)
-            score = bits(model, task)
+            score, world = bits(model, task), bits(model, data.world())
         except FloatingPointError:
             score = math.nan
         if not math.isfinite(score):
-            return dict.fromkeys(names), None
-        world, before = bits(model, data.world()), bits(entry.model(self.base), data.world())
-        scores = dict(zip(names, (score, world, world - before)))
-        if task.questions:
-            scores["exact_match"] = exact_match(model, task.questions)
-        return scores | {"training": [round(statistics.fmean(loss[i:i + 10]) / math.log(2), 4) for i in range(0, self.steps, 10)]}, model
+            return {"bits_per_byte": None, "forgotten": None, "training": None}, None
+        scores = {"bits_per_byte": score, "world_bits_per_byte": world, "forgotten": world - bits(entry.model(self.base), data.world()),
+                  "training": [round(statistics.fmean(loss[i:i + 10]) / math.log(2), 4) for i in range(0, self.steps, 10)]}
+        return scores | ({"exact_match": exact_match(model, task.questions)} if task.questions else {}), model
 
 
 def bits(model: TinyGPT, task: data.Task) -> float:
@@ -141,17 +136,18 @@ class Results:
     """The results file: what the runs have in common, and one record a run. Written whole after each run, so never half."""
 
     def __init__(self, path: Path, common: dict):
-        self.path = path
+        self.path, self.left = path, None                      # the file as this comparison left it
         self.content = {"about": common, "search": [], "runs": []}
         if path.exists():
-            self.content = read(path)
+            self.content, self.left = read(path), path.read_bytes()
             was = self.content["about"]
             if was["settings"] != common["settings"]:
                 raise ValueError(f"{path} holds a comparison with other settings ({was['settings']}, not {common['settings']}); take another --out")
 
     def same_data(self, name: str, task: data.Task) -> None:
         """A text may change and keep its name: then what is here was made from something else."""
-        digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in (task.held_out(CONTEXT + 1), *task.batches(context=CONTEXT)(0)))).hexdigest()[:12]
+        seen = [tensor.numpy().tobytes() for tensor in (task.held_out(CONTEXT + 1), *task.batches(context=CONTEXT)(0))]
+        digest = hashlib.sha256(b"".join(seen) + task.fingerprint.encode()).hexdigest()[:12]
         if self.content["about"].setdefault("tasks", {}).setdefault(name, digest) != digest:
             raise ValueError(f"{self.path} holds runs on other data named {name!r}; take another --out")
 
@@ -159,17 +155,19 @@ class Results:
         return next((record for record in self.content[part] if all(record[name] == value for name, value in key.items())), None)
 
     def add(self, part: str, record: dict) -> None:
+        if self.left is not None and (not self.path.exists() or self.path.read_bytes() != self.left):
+            raise ValueError(f"{self.path} was changed by something else, another comparison perhaps; run one at a time, or take another --out")
         self.content[part].append(record)
-        write(self.path, self.content)
+        self.left = write(self.path, self.content)
 
 
 def read(path: Path) -> dict:
     """A results file. Raises ValueError naming it where it is not one."""
     try:
         content = json.loads(path.read_text())
-        run = {"method", "base", "rank", "task", "seed", "lr"}
-        whole = isinstance(content["about"]["settings"], dict) and all(run | {"bits_per_byte"} <= record.keys() for record in content["search"]) and all(
-            run | {"scores", "costs"} <= record.keys() and "bits_per_byte" in record["scores"] and isinstance(record["costs"], dict) for record in content["runs"])
+        whole = isinstance(content["about"]["settings"], dict) and isinstance(content["search"], list) and isinstance(content["runs"], list) and all(
+            isinstance(record["task"], str) and {"method", "base", "rank", "seed", "lr"} <= record.keys() for record in content["search"] + content["runs"]) and all(
+            "bits_per_byte" in scores for scores in content["search"] + [run["scores"] for run in content["runs"] if isinstance(run["costs"], dict)])
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
@@ -177,11 +175,13 @@ def read(path: Path) -> dict:
     return content
 
 
-def write(path: Path, content: dict) -> None:
-    """One record a line, so that two results files can be compared by eye."""
+def write(path: Path, content: dict) -> bytes:
+    """One record a line, so that two results files can be compared by eye. Returns what it wrote."""
     lines = [f'"about": {json.dumps(content["about"])}']
     lines += [f'"{part}": [\n' + ",\n".join(json.dumps(record) for record in content[part]) + "\n]" for part in ("search", "runs")]
-    storage.write_atomically(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    written = ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+    storage.write_atomically(path, written)
+    return written
 
 
 def search(entry: Entry, name: str, task: data.Task, settings: Settings, results: Results) -> float:
@@ -220,7 +220,7 @@ def most_room(tried: dict[float, float]) -> float:
     return math.sqrt(best * (below if best / below > above / best else above))
 
 
-def step_ratio(entry: Entry, settings: Settings, rounds: int = 6) -> float:
+def step_ratio(entry: Entry, settings: Settings, rounds: int = 10) -> float:
     """The time of a training step over that of full fine-tuning, the two taking turns; the median."""
     x, y = data.world().batches(settings.rows, CONTEXT)(0)
     ratios = []
@@ -249,6 +249,7 @@ def step_ratio(entry: Entry, settings: Settings, rounds: int = 6) -> float:
 def priced(entry: Entry, settings: Settings) -> dict:
     """What a step costs, whatever the task: bytes alive for backward in the whole model, and its time."""
     model = entry.adapted(settings.steps, settings.base)
+    make_method(entry.method, entry.rank, steps=settings.steps).before_step(model, 0)              # from here on Delta-LoRA moves W
     x, y = data.world().batches(settings.rows, CONTEXT)(0)
     alive = bytes_alive(model, lambda: next_byte_loss(model.train(), x, y))
     return {"alive_bytes": alive, "step_ratio": round(step_ratio(entry, settings), 3)}
@@ -274,9 +275,16 @@ def compare(tasks: dict[str, data.Task], seeds: int, out: Path, settings: Settin
             say: Callable[[str], None] = print) -> Results:
     """Every entry on every task, seeds 0 to `seeds` - 1. quick: rates as published, no search. What `out` holds already is not run again.
 
-    Raises ValueError where `out` holds a comparison with other settings, another base or other data under the same name, or no comparison.
+    Raises ValueError where `out` holds a comparison with other settings, another base or other data under the same name, or no comparison;
+    and before anything is run, where the base is too small for an entry.
     """
-    base = storage.base_fingerprint(load_base(settings.base))
+    model = load_base(settings.base)
+    if model.config.context < CONTEXT:
+        raise ValueError(f"{settings.base}: a base that reads {model.config.context} bytes at once, and compare gives it {CONTEXT}")
+    for entry in lineup:
+        if entry.rank:
+            entry.adapted(settings.steps, settings.base)
+    base = storage.base_fingerprint(model)
     common = {"command": command, "settings": {"steps": settings.steps, "rows": settings.rows, "context": CONTEXT, "base": base[:12], "quick": quick},
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
     out.mkdir(parents=True, exist_ok=True)
@@ -289,110 +297,13 @@ def compare(tasks: dict[str, data.Task], seeds: int, out: Path, settings: Settin
             missing = [key for key in wanted if not results.find("runs", **key)]
             if not missing:
                 continue
-            lr = published_rate(entry, name) if quick else search(entry, name, task, here, results)
+            there = {run["lr"] for run in results.content["runs"] if run["task"] == name and Entry(run["method"], run["base"], run["rank"]) == entry}
+            lr = there.pop() if there else published_rate(entry, name) if quick else search(entry, name, task, here, results)
             if (entry, here) not in prices:
                 prices[entry, here] = priced(entry, here)
             for key in missing:
                 scores, model = here.run(entry, task, lr, key["seed"])
                 costs = (weighed(model) if model else {}) | prices[entry, here]
                 results.add("runs", key | {"lr": lr, "steps": here.steps, "scores": scores, "costs": costs})
-                say(f"{name}: {entry}, seed {key['seed']}: {shown(scores['bits_per_byte'])} bits per byte")
+                say(f"{name}: {entry}, seed {key['seed']}: {'diverged' if model is None else format(scores['bits_per_byte'], '.3f')} bits per byte")
     return results
-
-
-def bootstrap(values: Sequence[float], resamples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
-    """The mean, and its 95 % interval by the expanded percentile bootstrap (Hesterberg 2015, The American Statistician 69).
-
-    Resamples of few values spread too little: of five, the plain percentiles miss the truth 15 times in a hundred. So the tails are cut
-    where they would have to be for the mean of a normal sample, by Student's t. With one value there is no interval: it is infinite.
-    """
-    values = np.asarray(values, float)
-    count = len(values)
-    if count == 0 or not np.isfinite(values).all():
-        return math.nan, -math.inf, math.inf
-    if count == 1:
-        return float(values[0]), -math.inf, math.inf
-    drawn = np.random.default_rng(seed).choice(values, (resamples, count)).mean(axis=1)
-    tail = statistics.NormalDist().cdf(-math.sqrt(count / (count - 1)) * student_t(0.975, count - 1))
-    return float(values.mean()), *(float(q) for q in np.quantile(drawn, (tail, 1 - tail)))
-
-
-@cache
-def student_t(p: float, freedom: int) -> float:
-    """The quantile of Student's t, p above 1/2. With t = √ν tan θ its density is cos^(ν−1) θ, which is summed up to p."""
-    theta = np.linspace(0, math.pi / 2, 100_001)
-    below = np.cumsum(np.cos(theta) ** (freedom - 1))
-    return math.sqrt(freedom) * math.tan(theta[np.searchsorted(below / below[-1], 2 * p - 1)])
-
-
-def of(runs: list[dict], task: str, entry: Entry) -> Iterator[dict]:
-    return (run for run in runs if run["task"] == task and Entry(run["method"], run["base"], run["rank"]) == entry)
-
-
-def score_of(runs: list[dict], task: str, entry: Entry, name: str = "bits_per_byte") -> dict[int, float]:
-    """seed -> score. A run that diverged has nan."""
-    scores = {run["seed"]: run["scores"].get(name) for run in of(runs, task, entry)}
-    return {seed: math.nan if score is None else score for seed, score in scores.items()}
-
-
-def costs_of(runs: list[dict], task: str, entry: Entry) -> dict:
-    """Of the first seed that did not diverge; else what is known without training."""
-    costs = [run["costs"] for run in of(runs, task, entry)]
-    return next((cost for cost in costs if "trainable_parameters" in cost), costs[0])
-
-
-def paired(one: dict[int, float], other: dict[int, float]) -> list[float]:
-    """one - other, for each seed that both have."""
-    return [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
-
-
-def entries_of(runs: list[dict], task: str) -> list[Entry]:
-    return list(dict.fromkeys(Entry(run["method"], run["base"], run["rank"]) for run in runs if run["task"] == task))
-
-
-def table(runs: list[dict], task: str, budget: list[Entry] | None = None) -> str:
-    """The scoreboard of one task, best first: at equal steps, or (budget: those entries) at about equal trainable parameters."""
-    lineup = [entry for entry in entries_of(runs, task) if (entry in budget if budget is not None else entry.rank is None)]
-    full, asks = score_of(runs, task, Entry("full")), any("exact_match" in run["scores"] for run in runs if run["task"] == task)
-    rows = []
-    for entry in lineup:
-        score = score_of(runs, task, entry)
-        mean, low, high = bootstrap(list(score.values()))
-        behind, worst, best = bootstrap(paired(score, full))
-        costs, rate = costs_of(runs, task, entry), next(of(runs, task, entry))["lr"]
-        cells = [str(entry), f"{rate:.2g}", interval(mean, low, high), "" if entry.method == "full" else interval(behind, worst, best, "+.3f")]
-        cells += [f"{100 * bootstrap(list(score_of(runs, task, entry, 'exact_match').values()))[0]:.1f}"] * asks
-        cells += [f"{bootstrap(list(score_of(runs, task, entry, 'forgotten').values()))[0]:+.2f}", f"{costs.get('trainable_parameters', 0):,}"]
-        cells += [f"{costs[key] / 1024:,.0f}" if key in costs else "" for key in ("weight_bytes", "gradient_bytes", "optimizer_bytes", "alive_bytes", "disk_bytes")]
-        cells += [f"{costs['step_ratio']:.2f}" if "step_ratio" in costs else ""]
-        rows.append((math.inf if math.isnan(mean) else mean, cells))
-    head = ["method", "rate", "bits per byte", "behind full", *["answered %"] * asks, "forgotten", "trained", "weights", "gradients", "AdamW", "alive", "file", "time"]
-    return columns([head, *(cells for _, cells in sorted(rows, key=lambda row: row[0]))])
-
-
-def columns(rows: list[list[str]]) -> str:
-    """Rows of cells as text, every column as wide as its widest cell; the first is set to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]).rstrip() for row in rows)
-
-
-def interval(mean: float, low: float, high: float, form: str = ".3f") -> str:
-    if math.isnan(mean):
-        return "diverged"
-    return f"{mean:{form}}" if math.isinf(low) else f"{mean:{form}} [{low:{form}}, {high:{form}}]"
-
-
-def write_csv(runs: list[dict], path: Path) -> None:
-    """One row a run."""
-    flat = [{key: value for key, value in run.items() if key not in ("scores", "costs")} | {k: v for k, v in run["scores"].items() if k != "training"} | run["costs"]
-            for run in runs]
-    columns = list(dict.fromkeys(key for row in flat for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    storage.write_atomically(path, text.getvalue().encode())
-
-
-def shown(value: float | None) -> str:
-    return "diverged" if value is None else f"{value:.3f}"

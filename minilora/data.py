@@ -149,6 +149,7 @@ class Task:
     held_out(size): (N, size) int64, never trained on            questions: (prompt, exact answer), never trained on
     floor(windows): the least expected loss, nats per byte, where it is known
     choosing(): the same task with a held-out part of its own, to choose a learning rate on; it has nothing of this one's
+    fingerprint: of a text's bytes, which its name does not tell
     """
 
     name: str
@@ -158,6 +159,7 @@ class Task:
     questions: tuple[tuple[str, str], ...] = ()
     floor: Callable[[Tensor], float] | None = None
     choosing: Callable[[], "Task"] | None = None
+    fingerprint: str = ""
 
     def batches(self, rows: int = 16, context: int = 128, seed: int = 0) -> Callable[[int], tuple[Tensor, Tensor]]:
         """batch(step) -> (x, y), each (rows, context) int64: a pure function of the step, so a resumed run sees what it would have seen."""
@@ -285,7 +287,8 @@ def split_text(content: bytes, name: str) -> Task:
         starts = [i * fit // count * size for i in range(count)]
         return torch.tensor([list(rest[start:start + size]) for start in starts])
 
-    return Task(name, train_window, held_out, prompt=rest[:48].decode(errors="ignore"), choosing=lambda: split_text(train, name))
+    return Task(name, train_window, held_out, prompt=rest[:48].decode(errors="ignore"), choosing=lambda: split_text(train, name),
+                fingerprint=hashlib.sha256(content).hexdigest())
 
 
 def overlap(task: Task, content: bytes, size: int = 32) -> float:

@@ -10,6 +10,11 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
 
+def printable(name: str) -> str:
+    """A name as a title can show it: matplotlib's own font knows no Chinese, and takes what stands between two $ for mathematics."""
+    return name.replace("$", r"\$") if name.isascii() else "your text"
+
+
 def loss_curve(history: dict, title: str, floor: float | None = None) -> Figure:
     """Training loss and held-out loss over the steps, in bits per byte. history as finetune returns it; floor in nats."""
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -169,7 +174,7 @@ def _panels(tasks) -> tuple[Figure, list]:
     figure = Figure(figsize=(8.4, 4.3 * len(tasks) + 0.4), layout="constrained")
     panels = list(figure.subplots(len(tasks), 1, squeeze=False)[:, 0])
     for axes, task in zip(panels, tasks):
-        axes.set_title(task)
+        axes.set_title(printable(task))
         axes.grid(alpha=0.25)
     figure.legend(handles=[Line2D([], [], marker=marker, color=color, linestyle="", label=label) for color, marker, label in BASES.values()],
                   loc="outside lower center", ncols=2, frameon=False)
@@ -183,6 +188,8 @@ def _named(axes, points: list[tuple[str, str, Interval, Interval]]) -> None:
         axes.plot([left, right, x, x, x], [y, y, y, under, over], color=color, linewidth=1.2, alpha=0.45)
         axes.plot(x, y, marker=marker, color=color, markersize=5)
     points = [(method, base, x, y) for method, base, (x, *_), (y, *_) in points]
+    if not points:                                              # all of them diverged
+        return
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
     room = max(len(points), 12)                                 # so that a few names do not stand miles apart

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import minilora as ml
-from minilora import capacity, claims
+from minilora import capacity, claims, compare
 from minilora.__main__ import main
 from minilora.methods import METHODS
 from minilora.storage import save_model
@@ -344,7 +344,26 @@ def test_bad_flags_of_compare(flags, message, tmp_path, capsys):
     assert message in capsys.readouterr().err and files(tmp_path) == []
 
 
-@pytest.mark.parametrize("content", ["", "[{}]", "7", '{"about": 1, "search": [], "runs": []}', '{"about": {"settings": {}}, "search": [], "runs": [{"x": 1}]}',
+def test_compare_with_a_budget_claims_and_seeds(base, tmp_path, monkeypatch, capsys):
+    """All its flags, on a lineup that is short; a name that a title cannot show as it is."""
+    lora, vera = compare.Entry("lora"), compare.Entry("vera")
+    monkeypatch.setattr(compare, "entries", lambda: [lora, vera, compare.Entry("full")])
+    monkeypatch.setattr(claims, "LINEUP", (compare.Entry("lora", rank=1),))
+    (tmp_path / "pay $1 to $2_.txt").write_text("".join(f"Line {i} says that {i} and {i + 1} are neighbours.\n" for i in range(90)))
+    flags = ["compare", "--text", str(tmp_path / "pay $1 to $2_.txt"), "--steps", "10", "--base", base, "--out", str(tmp_path / "out")]
+    assert main([*flags, "--budget", "3500", "--claims", "--seeds", "2"]) == 0
+    out = capsys.readouterr().out
+    at_budget = out.split("at about 3,500 trainable parameters\n")[1].split("\n\n")[0].splitlines()
+    assert {line.split("  ")[0] for line in at_budget[1:]} == {"lora r=6", "vera r=268"}
+    assert "lora_matches_full: " in out and "contradicted" not in out.split("learns_less")[1]                      # two seeds say nothing
+    records = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {run["seed"] for run in records["runs"]} == {0, 1} and all(record["lr"] for record in records["search"])
+    assert main([*flags, "--seeds", "1", "--budget", "7"]) == 0                                                     # fewer than there are
+    again = capsys.readouterr().out
+    assert "no method can be brought within a tenth of that" in again and "seed 0:" not in again
+
+
+@pytest.mark.parametrize("content", ["", "[{}]", "{}", "7", '{"about": 1, "search": [], "runs": []}', '{"about": {"settings": {}}, "search": [], "runs": [{"x": 1}]}',
                                      '{"about": {"settings": {}}, "search": [], "runs": ['])
 def test_a_broken_results_file_is_named_and_left_alone(content, tmp_path, capsys):
     for file, command in (("results.json", ["compare", "--quick"]), ("capacity.json", ["capacity"])):
@@ -387,15 +406,24 @@ def test_cost_of_chatglm(flags, trained, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("method, flags, trained", [("lora", [], "73,728"), ("full", [], "875,264"), ("vera", ["--base", "nf4", "--rank", "64"], "6,144"),
-                                                    ("loftq", ["--targets", "q_proj"], "8,192")])
+                                                    ("loftq", ["--targets", "q_proj"], "8,192"), ("delta-lora", [], "73,728")])
 def test_cost_of_the_shipped_base_is_measured_beside_the_formulas(method, flags, trained, capsys):
     assert main(["cost", "--method", method, "--tokens", "20", *flags]) == 0
     out = capsys.readouterr().out
     measured, formula = (line.split("  ", 1)[1].split() for line in out.splitlines() if line.startswith("all, "))
-    assert measured == formula and len(measured) == 8
+    assert measured == formula and len(measured) == 12
     on_disk = re.search(r"on disk: ([\d,]+) bytes measured, ([\d,]+) by", out)
     assert measured[0] == trained and on_disk[1] == on_disk[2]
-    assert main(["cost", "--method", method, "--base", "fp16"]) == 2 and "on fp32 or nf4" in capsys.readouterr().err
+    assert main(["cost", "--method", method, "--base", "fp16"]) == 2 and ("on fp32 or nf4" if method != "loftq" else "four bits") in capsys.readouterr().err
+
+
+def test_cost_where_the_method_brings_its_own_base(capsys):
+    assert main(["cost", "--method", "qlora", "--shape", "chatglm-6b"]) == 0
+    out = capsys.readouterr().out
+    assert "parameters, nf4; qlora, rank 8" in out and "3.76 GiB" in out
+    assert main(["cost", "--method", "loftq", "--tokens", "9"]) == 0 and "parameters, nf4; loftq" in capsys.readouterr().out
+    assert main(["cost", "--method", "qlora", "--shape", "chatglm-6b", "--base", "fp16"]) == 2 and "qlora puts its base in four bits" in capsys.readouterr().err
+    assert main(["cost", "--method", "vera", "--tokens", "9"]) == 0 and "vera, rank 64" in capsys.readouterr().out
 
 
 def test_cost_of_a_config_and_of_nothing_known(tmp_path, capsys):

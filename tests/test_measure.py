@@ -114,3 +114,15 @@ def test_counting_changes_nothing_of_the_model():
 def test_flops_are_torchs():
     linear, x = nn.Linear(20, 30), torch.randn(7, 20, requires_grad=True)
     assert flops(lambda: linear(x)) == (2 * 7 * 20 * 30, 4 * 7 * 20 * 30)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5), (8, 8), (7, 130), (64, 300)])
+def test_four_bit_bytes_of_any_shape(shape, double):
+    """An odd number of weights, blocks that are not full, more blocks than one scale of scales serves."""
+    assert measure.nf4_bytes(*shape, double=double) == ml.quantize_nf4(torch.randn(shape), double=double).nbytes
+
+
+def test_delta_lora_on_disk_before_w_moves_is_lora():
+    gpt = ml.adapt(model(), ml.DeltaLoRA(3, start_step=5))
+    assert measure.disk_bytes(gpt) == measure.predicted_disk_bytes(gpt)

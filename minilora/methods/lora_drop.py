@@ -100,12 +100,14 @@ class LoRADrop(LoRA):
         return g
 
     def kept(self, g: dict[str, float], layers: dict[str, LoRALinear]) -> set[str]:
-        """The names of the layers that keep a pair of their own. Raises ValueError where the g of a kind say nothing."""
+        """The names of the layers that keep a pair of their own. Raises ValueError where the g of a kind are all 0, FloatingPointError where
+        they are not finite."""
         kept = set()
         for names in kinds(layers):
             values = torch.tensor([g[name] for name in names], dtype=torch.float64)
             if not values.isfinite().all() or not values.sum() > 0:
-                raise ValueError(f"LoRA-drop cannot judge {', '.join(names)}: the outputs of their updates sum to {values.sum().item():g} "
+                error = ValueError if values.isfinite().all() else FloatingPointError
+                raise error(f"LoRA-drop cannot judge {', '.join(names)}: the outputs of their updates sum to {values.sum().item():g} "
                                  f"after {self.warmup_steps} warm-up steps; another learning rate or more warmup_steps may help")
             largest, order = values.sort(descending=True, stable=True)
             below = (largest.cumsum(0) / values.sum() < self.threshold).sum().item()      # so many do not reach it yet
