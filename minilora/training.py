@@ -251,15 +251,15 @@ def answers(model: nn.Module, questions: Sequence[tuple[str, str]], rows: int = 
         model.train(was_training)
 
 
-def exact_match(model: nn.Module, questions: Sequence[tuple[str, str]]) -> float:
+def exact_match(model: nn.Module, questions: Sequence[tuple[str, str]], rows: int = 64) -> float:
     """The share of questions that greedy decoding answers byte for byte: those where each next byte of the answer is the likeliest."""
-    return sum(torch.equal(logits.argmax(-1), answer) for logits, answer in answers(model, questions)) / len(questions)
+    return sum(torch.equal(logits.argmax(-1), answer) for logits, answer in answers(model, questions, rows)) / len(questions)
 
 
-def answer_loss(model: nn.Module, questions: Sequence[tuple[str, str]]) -> float:
+def answer_loss(model: nn.Module, questions: Sequence[tuple[str, str]], rows: int = 64) -> float:
     """Mean nats per byte of the answers, given their questions. Divide by ln 2 for bits per byte."""
     nats, size = 0.0, 0
-    for logits, answer in answers(model, questions):
+    for logits, answer in answers(model, questions, rows):
         nats += F.cross_entropy(logits.float(), answer, reduction="sum").item()
         size += len(answer)
     return nats / size
