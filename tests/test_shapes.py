@@ -167,6 +167,14 @@ def test_chatglms_weights():
     assert fp16.frozen == 6_173_286_400 and fp16.frozen_bytes == 2 * 6_173_286_400            # 11.50 GiB
     assert nf4.frozen == fp16.frozen and nf4.frozen_bytes == pytest.approx(3.980e9, rel=5e-4)
     assert extrapolated(shape("chatglm-6b"), ml.FullFineTuning())[-1].trainable == 6_173_286_400
+    (queries,), q_proj = shape("llama-7b").targets(["q_proj"]), extrapolated(shape("llama-7b"), ml.FullFineTuning(), ["q_proj"])[-1]
+    assert q_proj.trainable == queries.parameters and q_proj.frozen == shape("llama-7b").parameters - queries.parameters
+
+
+def test_a_rank_above_the_smaller_side_is_refused():
+    assert extrapolated(shape("llama-7b"), ml.LoRA(4096), ["down_proj"])[-1].trainable == 32 * 4096 * (11008 + 4096)
+    with pytest.raises(ValueError, match=r"rank 4097 is above min\(in, out\) of down_proj, 11008 -> 4096"):
+        extrapolated(shape("llama-7b"), ml.LoRA(4097), ["down_proj"])
 
 
 @pytest.mark.parametrize("base", ["fp32", "nf4"])
