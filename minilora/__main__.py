@@ -227,11 +227,13 @@ def write_comparison(runs: list[dict], out: Path) -> None:
     better, kept = {}, {}
     for task in dict.fromkeys(run["task"] for run in runs):
         better[task], kept[task] = [], []
-        for entry in (entry for entry in scoreboard.entries_of(runs, task) if entry.rank is None):
+        for entry in scoreboard.entries_of(runs, task):
             score, lost = (drawn(scoreboard.score_of(runs, task, entry, name)) for name in ("bits_per_byte", "forgotten"))
             if score:
-                better[task].append((entry.method, entry.base, scoreboard.costs_of(runs, task, entry)["trainable_parameters"], score))
-                kept[task].append((entry.method, entry.base, score, lost))
+                name = entry.method + (f" r={entry.rank}" if entry.rank else "")
+                better[task].append((name, entry.base, scoreboard.costs_of(runs, task, entry)["trainable_parameters"], score))
+                if not entry.rank:                          # at other ranks too, names would cover the picture
+                    kept[task].append((name, entry.base, score, lost))
     for name, figure in (("quality.png", plots.quality(better)), ("forgetting.png", plots.forgetting(kept))):
         picture = io.BytesIO()
         figure.savefig(picture, dpi=110)

@@ -1,10 +1,13 @@
 """Figures, and nothing else: numbers in, a matplotlib Figure out. Colours are Okabe and Ito's, which colour-blind readers can tell apart."""
 
 import math
+from statistics import fmean
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -148,73 +151,97 @@ Interval = tuple[float, float, float]                           # mean, low, hig
 
 
 def quality(points: dict[str, list[tuple[str, str, int, Interval]]]) -> Figure:
-    """Held-out bits per byte against trainable parameters. task: (method, base, parameters, bits per byte) of each entry."""
-    figure, panels = _panels(points)
-    for axes, entries in zip(panels, points.values()):
-        axes.set(xscale="log", xlabel="trainable parameters", ylabel="held out, bits per byte\n(better: lower)")
-        _named(axes, [(method, base, (parameters,) * 3, score) for method, base, parameters, score in entries])
+    """Held-out bits per byte against trainable parameters: a row an entry, most parameters on top, and a panel a task.
+    task: (name, base, parameters, bits per byte) of each entry."""
+    counts = {}                                                 # name -> parameters; LoRA-drop's differ from task to task
+    for name, _, parameters, _ in (entry for entries in points.values() for entry in entries):
+        counts.setdefault(name, []).append(parameters)
+    rows = sorted(counts, key=lambda name: -max(counts[name]))
+    labels = [f"{name}   {'–'.join(f'{count:,}' for count in sorted({min(counts[name]), max(counts[name])}))}" for name in rows]
+    figure = Figure(figsize=(3.0 * len(points) + 2.6, 0.27 * len(rows) + 1.4), layout="constrained")
+    panels = list(figure.subplots(1, len(points), squeeze=False, sharey=True)[0])
+    for axes, (task, entries) in zip(panels, points.items()):
+        for name, base, _, (mean, low, high) in entries:
+            color, marker, _ = BASES[base]
+            row = rows.index(name) + (0.17 if base == "nf4" else -0.17)
+            axes.plot([low, high], [row, row], color=color, linewidth=1.4, alpha=0.5)
+            axes.plot(mean, row, marker=marker, color=color, markersize=4.5)
+            if name == "full":
+                axes.axvline(mean, color="#888888", linestyle=":", linewidth=1, zorder=0)
+        axes.set(title=printable(task), xlabel="held out, bits per byte")
+        axes.grid(axis="x", alpha=0.25)
+        axes.tick_params(left=False)
+        for row in range(0, len(rows), 2):                      # so that the eye keeps its row
+            axes.axhspan(row - 0.5, row + 0.5, color="#888888", alpha=0.08, linewidth=0)
+    panels[0].set_yticks(range(len(rows)), labels, fontsize=9)
+    panels[0].set(ylim=(len(rows) - 0.5, -0.5))
+    panels[0].set_title("trainable\nparameters", loc="left", x=-0.02, ha="right", fontsize=10)
+    _legend(figure)
     return figure
 
 
 def forgetting(points: dict[str, list[tuple[str, str, Interval, Interval]]]) -> Figure:
-    """What was forgotten against what was learned. task: (method, base, bits per byte held out, bits per byte more on the tiny world)."""
-    figure, panels = _panels(points)
+    """What was forgotten against what was learned, a panel a task, one under the other; a thin line ties a method's two bases.
+    task: (name, base, bits per byte held out, bits per byte more on the tiny world) of each entry."""
+    figure = Figure(figsize=(9, 4.6 * len(points) + 0.4), layout="constrained")
+    panels = list(figure.subplots(len(points), 1, squeeze=False)[:, 0])
+    for axes, (task, entries) in zip(panels, points.items()):
+        axes.set(title=printable(task), xlabel="held out, bits per byte (learned more: to the left)", ylabel="forgotten, bits per byte\n(better: lower)")
+        axes.grid(alpha=0.25)
+        for name, base, (x, left, right), (y, under, over) in entries:
+            color, marker, _ = BASES[base]
+            axes.plot([left, right, x, x, x], [y, y, y, under, over], color=color, linewidth=1, alpha=0.3)
+            axes.plot(x, y, marker=marker, color=color, markersize=5)
+            axes.plot(*zip(*[(at, to) for other, _, (at, *_), (to, *_) in entries if other == name]), color="#888888", linewidth=0.6, zorder=1)
+    _legend(figure)
+    figure.draw_without_rendering()                             # where things stand on the page is known from here on
     for axes, entries in zip(panels, points.values()):
-        axes.set(xlabel="held out, bits per byte (learned more: to the left)", ylabel="forgotten, bits per byte\n(better: lower)")
-        _named(axes, entries)
+        _named(axes, [(name, x, y) for name, _, (x, *_), (y, *_) in entries])
     return figure
 
 
 BASES = {"fp32": (BLUE, "o", "dense base"), "nf4": (VERMILION, "s", "4-bit base")}
 
 
-def _panels(tasks) -> tuple[Figure, list]:
-    """One panel under the other, a task each, with a legend of the bases."""
-    from matplotlib.lines import Line2D
-    figure = Figure(figsize=(8.4, 4.3 * len(tasks) + 0.4), layout="constrained")
-    panels = list(figure.subplots(len(tasks), 1, squeeze=False)[:, 0])
-    for axes, task in zip(panels, tasks):
-        axes.set_title(printable(task))
-        axes.grid(alpha=0.25)
+def _legend(figure: Figure) -> None:
     figure.legend(handles=[Line2D([], [], marker=marker, color=color, linestyle="", label=label) for color, marker, label in BASES.values()],
                   loc="outside lower center", ncols=2, frameon=False)
-    return figure, panels
 
 
-def _named(axes, points: list[tuple[str, str, Interval, Interval]]) -> None:
-    """(method, base, x, y): the points with their intervals, and their names in a column at the right, each tied to its point, highest first."""
-    for method, base, (x, left, right), (y, under, over) in points:
-        color, marker, _ = BASES[base]
-        axes.plot([left, right, x, x, x], [y, y, y, under, over], color=color, linewidth=1.2, alpha=0.45)
-        axes.plot(x, y, marker=marker, color=color, markersize=5)
-    points = [(method, base, x, y) for method, base, (x, *_), (y, *_) in points]
-    if not points:                                              # all of them diverged
-        return
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high)
-    room = max(len(points), 12)                                 # so that a few names do not stand miles apart
-    heights = [(y - low) / (high - low) for _, _, _, y in points]
-    order = sorted(range(len(points)), key=lambda place: -heights[place])
-    top = min(1.0, max(0.5 + len(points) / room / 2, heights[order[0]]))
-    for row, place in enumerate(order):
-        method, base, x, y = points[place]
-        axes.annotate(method, (x, y), xytext=(1.06, top - (row + 0.5) / room), textcoords=axes.transAxes, fontsize=8.5, color=BASES[base][0], va="center",
-                      annotation_clip=False, arrowprops={"arrowstyle": "-", "color": BASES[base][0], "linewidth": 0.4, "alpha": 0.7, "shrinkA": 1, "shrinkB": 3})
+def _named(axes, points: list[tuple[str, float, float]], size: float = 8.5) -> None:
+    """A name beside the first point of each, at the nearest place where it covers no point and no other name."""
+    unit = axes.figure.dpi / 72                                 # pixels of a printer's point
+    taken = [(x - 4 * unit, y - 4 * unit, x + 4 * unit, y + 4 * unit) for x, y in axes.transData.transform([point[1:] for point in points])] if points else []
+    frame = axes.get_window_extent()
+    for name in dict.fromkeys(name for name, _, _ in points):
+        place = next(point[1:] for point in points if point[0] == name)
+        x, y = axes.transData.transform(place)
+        wide, high = 0.6 * size * len(name) * unit, 1.3 * size * unit
+        for turn in range(16 * 14):
+            far, angle = (9 + 5 * (turn // 16)) * unit, turn % 16 * math.tau / 16
+            middle = x + (far + wide / 2) * math.cos(angle), y + far * math.sin(angle)
+            box = middle[0] - wide / 2, middle[1] - high / 2, middle[0] + wide / 2, middle[1] + high / 2
+            inside = box[0] > frame.x0 and box[2] < frame.x1 and box[1] > frame.y0 and box[3] < frame.y1
+            if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+                break
+        taken.append(box)
+        axes.annotate(name, place, xytext=((middle[0] - x) / unit, (middle[1] - y) / unit), textcoords="offset points", fontsize=size, ha="center", va="center",
+                      path_effects=[withStroke(linewidth=2, foreground="white")],
+                      arrowprops={"arrowstyle": "-", "color": "#555555", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3} if far > 12 * unit else None)
 
 
 def capacity(records: list[dict], bits_each: float) -> Figure:
-    """Facts remembered against rank, and bits held against trainable parameters; every seed a point, the median a line."""
-    from statistics import median
+    """Facts remembered against rank, and bits held against trainable parameters; every seed a point, the mean a line."""
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     colors = {"lora": BLUE, "lora-fa": ORANGE, "vera": GREEN, "full": BLACK, "dora": PURPLE}
     lora = [record for record in records if record["method"] == "lora"]
     ranks = sorted({record["rank"] for record in lora})
-    left.plot(ranks, [100 * median(r["remembered"] for r in lora if r["rank"] == rank) for rank in ranks], color=BLUE, label="LoRA")
+    left.plot(ranks, [100 * fmean(r["remembered"] for r in lora if r["rank"] == rank) for rank in ranks], color=BLUE, label="LoRA")
     left.scatter([r["rank"] for r in lora], [100 * r["remembered"] for r in lora], color=BLUE, s=14)
     full = [100 * r["remembered"] for r in records if r["method"] == "full"]
     if full:
-        left.axhline(median(full), color=BLACK, linestyle="--", linewidth=1, label="full fine-tuning")
+        left.axhline(fmean(full), color=BLACK, linestyle="--", linewidth=1, label="full fine-tuning")
     left.set(xscale="log", xlabel="rank", ylabel="facts remembered, %", ylim=(-3, 103), title=f"{records[0]['count']} facts, {records[0]['steps']} steps")
     left.set_xticks(ranks, [str(rank) for rank in ranks])
     left.minorticks_off()

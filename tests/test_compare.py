@@ -10,6 +10,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 
 import minilora as ml
 from minilora import capacity, claims, compare, data, plots, scoreboard
@@ -432,10 +433,16 @@ def test_one_run_that_diverged_spoils_no_other_row():
 
 
 def test_pictures_and_csv_show_every_entry(tmp_path):
-    points = {"voice": [("lora", "fp32", 1000, (1.0, 0.9, 1.1)), ("vera", "nf4", 100, (1.4, 1.3, 1.5))]}
-    texts = [text.get_text() for text in plots.quality(points).axes[0].texts]
-    assert {"lora", "vera"} == set(texts)
-    assert {"lora", "vera"} == {t.get_text() for t in plots.forgetting({"v": [("lora", "fp32", (1.0,) * 3, (0.5, 0.4, 0.6)), ("vera", "nf4", (1.4,) * 3, (0.1,) * 3)]}).axes[0].texts}
+    points = {"voice": [("lora", "fp32", 1000, (1.0, 0.9, 1.1)), ("vera", "nf4", 100, (1.4, 1.3, 1.5)), ("full", "fp32", 9000, (0.5,) * 3)]}
+    axes = plots.quality(points).axes[0]
+    assert [label.get_text().split() for label in axes.get_yticklabels()] == [["full", "9,000"], ["lora", "1,000"], ["vera", "100"]]
+    assert [list(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-"] == [[0.9, 1.1], [1.3, 1.5], [0.5, 0.5]]
+    same = [(name, "fp32", (1.0,) * 3, (0.5, 0.4, 0.6)) for name in ("lora", "vera", "dora", "pissa")]          # four on one spot: each must be readable
+    figure = plots.forgetting({"v": [*same, ("lora", "nf4", (1.4,) * 3, (0.1,) * 3)], "all diverged": []})
+    names = figure.axes[0].texts
+    boxes = [Text.get_window_extent(name) for name in names]      # of an annotation it would hold the line too
+    assert [name.get_text() for name in names] == ["lora", "vera", "dora", "pissa"]
+    assert not any(one.overlaps(other) for place, one in enumerate(boxes) for other in boxes[:place])
     scoreboard.write_csv(made_up("lora", [1.2, 1.3]), tmp_path / "r.csv")
     lines = (tmp_path / "r.csv").read_text().splitlines()
     assert len(lines) == 3 and lines[0].startswith("method,base,rank,task,seed,lr,bits_per_byte")
