@@ -285,11 +285,11 @@ def run_cost(args: argparse.Namespace) -> int:
     if args.shape is None:
         return measured_cost(args, method, targets, base, described)
     shape = shapes.shape(args.shape)
-    *lines, rest, total = measure.extrapolated(shape, method, targets, args.tokens, base)
+    *lines, shared, rest, total = measure.extrapolated(shape, method, targets, args.tokens, base)
     print(f"{shape.name}: {shape.parameters:,} parameters, {base}; {described}\n")
     there = {kind.name: kind for kind in shape.kinds}
     rows = [cost_row(line, kind.into, kind.out, kind.count) for line in lines for kind in [there[line.name]]]
-    print(scoreboard.columns([COST_HEAD, *rows, cost_row(rest), cost_row(total)]))
+    print(scoreboard.columns([COST_HEAD, *rows, *map(cost_row, (shared, rest, total))]))
     print(f"\ntrained: {total.trainable:,} parameters ({total.trainable / shape.parameters:.4%}), {mib(4 * total.trainable)} in fp32, {mib(2 * total.trainable)} in fp16")
     print(COST_NOTE)
     if args.picture:
@@ -298,7 +298,8 @@ def run_cost(args: argparse.Namespace) -> int:
 
 
 COST_HEAD = ["layers", "in -> out", "count", "trained", "frozen", "weights", "gradients", "AdamW", "alive", "MFLOP forward", "backward"]
-COST_NOTE = "Bytes alive and FLOPs are those of the adapted layers. Weights count what stays beside an adapter too."
+COST_NOTE = ("Bytes alive and FLOPs are those of the adapted layers; layers that read one input keep it once, which is taken off in a line of its own. "
+             "Weights count what stays beside an adapter too.")
 
 
 def cost_row(line: measure.Line, into: int = 0, out: int = 0, count: int = 0, name: str = "") -> list[str]:
@@ -314,12 +315,15 @@ def measured_cost(args: argparse.Namespace, method: ml.Method, targets: list[str
     model = compare.Entry(args.method, base).model()
     ml.adapt(model, method, targets)
     method.before_step(model, 0)                          # from here on Delta-LoRA moves W
-    *lines, rest, total = measure.ledger(model, args.tokens)
+    width = max(length for length in range(1, model.config.context + 1) if args.tokens % length == 0)
+    ids = torch.zeros(args.tokens // width, width, dtype=torch.long)
+    *lines, shared, rest, total = measure.ledger(model, args.tokens, lambda: model(ids))
+    formulas = measure.predicted(model, args.tokens, lambda: model(ids))[-1]
     sizes = {name: module for name, module in model.named_modules()}
     print(f"the shipped base: {sum(p.numel() for p in ml.load_base().parameters()):,} parameters, {base}; {described}\n")
     rows = [cost_row(line, sizes[line.name].in_features, sizes[line.name].out_features, 1) for line in lines]
-    sums = [cost_row(total, name="all, measured"), cost_row(measure.predicted(model, args.tokens)[-1], name="all, by the formulas")]
-    print(scoreboard.columns([COST_HEAD, *rows, cost_row(rest), *sums]))
+    sums = [cost_row(total, name="all, measured"), cost_row(formulas, name="all, by the formulas")]
+    print(scoreboard.columns([COST_HEAD, *rows, cost_row(shared), cost_row(rest), *sums]))
     print(f"\non disk: {measure.disk_bytes(model):,} bytes measured, {measure.predicted_disk_bytes(model):,} by the formula\n{COST_NOTE}")
     return 0
 

@@ -11,13 +11,14 @@ A frozen layer keeps nothing for backward, which is why the adapter's own input 
 Where x has 16 bits and the adapter 32, the adapter's matrices are kept a second time, rounded.
 
 Bytes alive are those that autograd still holds when the forward pass is over: each storage once, what was freed at once not counted,
-parameters and buffers not counted, for they are there anyway.
+parameters and buffers not counted, for they are there anyway. Layers that read one x, as q, k and v do, keep it once between them.
 """
 
 import json
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from math import prod
 from pathlib import Path
@@ -81,6 +82,10 @@ class LoRACost:
     def extra(self, m, o: int, i: int, n: int, e: int, f: int) -> int:
         """Bytes alive that LoRA does not have."""
         return 0
+
+    def shared_input(self, m, e: int, f: int) -> int:
+        """Bytes of each number of x that layers which read one x keep once between them. With dropout each keeps an x of its own."""
+        return e if self.keeps_x and not getattr(m, "dropout", 0) else 0
 
     def rounded(self, m, o: int, i: int) -> int:
         """Numbers of the adapter that are kept a second time where x has another type."""
@@ -199,6 +204,9 @@ class PiSSACost(LoRACost):
     def alive(self, m, o, i, n, e, f):
         return n * f * (i * (1 + (m.dropout > 0)) + m.rank)     # in the adapter's type throughout
 
+    def shared_input(self, m, e, f):
+        return super().shared_input(m, e, f) if e == f else 0   # else each makes its own x of that type
+
     def flops(self, m, o, i, n):
         low = 2 * n * m.rank * (i + o)
         return 2 * n * i * o + 2 * low, 2 * n * i * o + 3 * low
@@ -236,21 +244,53 @@ class _Kept:
         self.tensor = tensor.detach()        # an output that its own graph holds would hold the graph, and never die
 
 
-def bytes_alive(module: nn.Module, run: Callable[[], object]) -> int:
-    """Bytes that autograd holds after `run`, a forward pass of `module`, for its backward."""
-    seen = []
+def bytes_alive(module: nn.Module, run: Callable[[], object], within: Iterable[nn.Module] | None = None) -> int:
+    """Bytes that autograd holds after `run`, a forward pass of `module`, for its backward; or of these, what was saved within some of its parts."""
+    seen, inside = [], [module] if within is None else []
 
     def pack(tensor: Tensor) -> _Kept:
         kept = _Kept(tensor)
-        seen.append(weakref.ref(kept))
+        if inside:
+            seen.append(weakref.ref(kept))
         return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        result = run()
+    with watching(within or (), lambda part, x: inside.append(part), lambda part, x, y: inside.remove(part)):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+            result = run()
     there = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *module.buffers())}
     found = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes() for kept in (ref() for ref in seen) if kept is not None}
     del result                                                  # the graph lived as long as this
     return sum(size for pointer, size in found.items() if pointer not in there)
+
+
+@contextmanager
+def watching(parts: Iterable[nn.Module], before: Callable, after: Callable | None = None) -> Iterator[None]:
+    """Hooks around the forward pass of each part."""
+    handles = [part.register_forward_pre_hook(before) for part in parts] + [part.register_forward_hook(after) for part in parts if after]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _wants_gradient(layer: nn.Module, inputs: tuple) -> None:
+    if not inputs[0].requires_grad:
+        inputs[0].requires_grad_()
+
+
+def readers(model: nn.Module, run: Callable[[], object]) -> list[list[str]]:
+    """The adapted layers by what they read in `run`, a forward pass of the whole model: those that read one tensor are in one group."""
+    layers = _layers(model)
+    names, groups, held = {layer: name for name, layer in layers.items()}, {}, []
+
+    def note(layer: nn.Module, inputs: tuple) -> None:
+        held.append(inputs[0])                                  # as long as it is held, no other tensor can be in its place
+        groups.setdefault(inputs[0].data_ptr(), []).append(names[layer])
+
+    with watching(layers.values(), note):
+        run()
+    return list(groups.values())
 
 
 def flops(run: Callable[[], Tensor]) -> tuple[int, int]:
@@ -336,37 +376,75 @@ def optimizer_bytes(parameters: list[Tensor]) -> int:
     return sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
 
 
-def ledger(model: nn.Module, tokens: int = 1024) -> list[Line]:
+def ledger(model: nn.Module, tokens: int = 1024, run: Callable[[], object] | None = None) -> list[Line]:
     """One line for each adapted layer, measured with `tokens` rows that need a gradient; one for all the rest; and the sum.
 
     What layers share is counted where it comes first. The rest of the model has no bytes alive and no FLOPs here: they depend on the
     batch and not on the method. Without adapters, the lines are those of the linear layers that are trained.
+
+    run: a forward pass of the whole model over `tokens` rows. With it there is one more line before the rest: what the layers hold
+    together, less what each holds by itself, for those that read one x keep it once. Without it each has an x of its own in the sum too.
+    (In the first block x needs no gradient where the embedding is frozen, and a little less is held than here, where every x does.)
     """
     lines, counted, training = [], set(), model.training
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    model.zero_grad()                                           # lets go of them; ours come in their place
     model.train()
     for name, layer in _layers(model).items():
         with torch.random.fork_rng([]):
             x = torch.randn(tokens, layer.in_features, dtype=_type(layer), device=next(layer.parameters()).device, requires_grad=True)
             alive = bytes_alive(layer, lambda: layer(x))
             forward, backward = flops(lambda: layer(x))
-        layer.zero_grad()
         lines.append(_weighed(name, layer, counted, alive_bytes=alive, forward_flops=forward, backward_flops=backward))
+    if run:
+        layers = _layers(model).values()
+        with torch.random.fork_rng([]), watching(layers, _wants_gradient):
+            together = bytes_alive(model, run, layers)
+        lines.append(Line(SHARED, alive_bytes=together - sum(line.alive_bytes for line in lines)))
     model.train(training)
+    for parameter, gradient in gradients.items():
+        parameter.grad = gradient
     return _with_sum([*lines, _weighed("the rest", model, counted)])
 
 
-def predicted(model: nn.Module, tokens: int = 1024) -> list[Line]:
-    """The same lines from the formulas; only the rest of the model is counted."""
+def predicted(model: nn.Module, tokens: int = 1024, run: Callable[[], object] | None = None) -> list[Line]:
+    """The same lines from the formulas; only the rest of the model is counted, and from `run` it is only seen which layers read one x.
+
+    Raises ValueError where the adapters are not trained: the formulas are those of training.
+    """
     layers, lines, counted = _layers(model), [], set()
+    if any(isinstance(layer, Adapter) and not any(p.requires_grad for p in layer.parameters()) for layer in layers.values()):
+        raise ValueError("these adapters are not trained (load_adapter's trainable is False), and the formulas are those of training")
     for name, layer in layers.items():
         base, method = (layer.base, layer.method) if isinstance(layer, Adapter) else (layer, FullFineTuning())
         four_bits = (base.block_size, "scales" not in base.parts) if isinstance(base, NF4Linear) else None
         alone = not (isinstance(method, LoRADrop) and id(layer.A) in counted)
-        lines.append(formula(name, method, base.out_features, base.in_features, tokens, base.bias is not None, _type(layer).itemsize, four_bits, alone))
+        line = formula(name, method, base.out_features, base.in_features, tokens, base.bias is not None, _type(layer).itemsize, four_bits, alone)
+        lines.append(_as_lora(line, layer, tokens) if isinstance(method, DeltaLoRA) and not layer.started else line)
         counted |= {id(t) for t in (*layer.parameters(), *layer.buffers())}
     if lines and isinstance(method, VeRA):
         lines[0] = _with_shared(lines[0], method, [(layer.out_features, layer.in_features) for layer in layers.values()], max(4, _type(layer).itemsize))
+    if run:
+        twice = 0                                               # numbers that each layer by itself would keep once more
+        with torch.random.fork_rng([]):
+            for first, *others in readers(model, run):
+                twice += tokens * layers[first].in_features * len(others)
+        lines.append(_shared(method, twice, _type(layer).itemsize))
     return _with_sum([*lines, _weighed("the rest", model, counted)])
+
+
+SHARED = "shared inputs"
+
+
+def _shared(method: Method, numbers: int, e: int) -> Line:
+    return Line(SHARED, alive_bytes=-numbers * COSTS[type(method)].shared_input(method, e, e if method.trains_base else max(e, 4)))
+
+
+def _as_lora(line: Line, layer: Adapter, tokens: int) -> Line:
+    """Delta-LoRA's, before W moves: the snapshot is there already, and the rest is LoRA's."""
+    o, i, e = layer.out_features, layer.in_features, _type(layer).itemsize
+    forward, backward = LoRACost().flops(layer.method, o, i, tokens)
+    return replace(line, alive_bytes=LoRACost().alive(layer.method, o, i, tokens, e, max(e, 4)), forward_flops=forward, backward_flops=backward)
 
 
 def formula(name: str, method: Method, o: int, i: int, tokens: int, bias: bool = True, e: int = 4, four_bits: tuple[int, bool] | None = None,
@@ -415,14 +493,17 @@ def _with_sum(lines: list[Line]) -> list[Line]:
 def extrapolated(shape: Shape, method: Method, targets: list[str] | None = None, tokens: int = 1024, base: str = "fp16") -> list[Line]:
     """The formulas on a model that is not here: a line for each kind of layer that is adapted, one for the rest, and the sum.
 
-    base: "fp32", "fp16", or "nf4", which puts every linear layer of the blocks in four bits (double quantization) and the rest in 16.
+    base: "fp32", "fp16", or "nf4", which puts every linear layer of the blocks in four bits (double quantization) and the rest in 16. A
+    method that makes its own 4-bit base (QLoRA, LoftQ, QPiSSA) does so in its own way and only where it adapts, as `adapt` does.
+    The last line but two is what layers that read one x do not keep again.
     Raises ValueError where `shape` has no such targets or the method cannot stand on that base.
     """
     if base not in ("fp32", "fp16", "nf4"):
         raise ValueError(f"base must be fp32, fp16 or nf4, got {base!r}")
     if base == "nf4" and isinstance(method, (FullFineTuning, DeltaLoRA)):
         raise ValueError(f"{type(method).__name__} must move W, which four bits cannot; take fp16 or fp32")
-    e, four_bits = 4 if base == "fp32" else 2, (64, True) if base == "nf4" else None
+    own = hasattr(method, "block_size")
+    e, four_bits = 4 if base == "fp32" else 2, (method.block_size, method.double) if own else (64, True) if base == "nf4" else None
     kinds = shape.targets(targets)
     lines = []
     for kind in kinds:
@@ -434,8 +515,8 @@ def extrapolated(shape: Shape, method: Method, targets: list[str] | None = None,
     if isinstance(method, VeRA):
         lines[0] = _with_shared(lines[0], method, [(kind.out, kind.into) for kind in kinds], 4)
     left = [kind for kind in shape.kinds if kind not in kinds]
-    stored = sum(kind.count * (nf4_bytes(kind.out, kind.into) + kind.out * kind.bias * e) if four_bits else kind.parameters * e for kind in left)
+    stored = sum(kind.count * (nf4_bytes(kind.out, kind.into) + kind.out * kind.bias * e) if four_bits and not own else kind.parameters * e for kind in left)
     others = sum(kind.parameters for kind in left) + shape.rest
     full = method.trains_base and not targets
     rest = Line("the rest", *((others, 0, others * e, 0, others * e, 2 * others * e) if full else (0, others, 0, stored + shape.rest * e)))
-    return _with_sum([*lines, rest])
+    return _with_sum([*lines, _shared(method, tokens * shape.read_again(kinds), e), rest])

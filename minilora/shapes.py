@@ -26,12 +26,23 @@ class Kind:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """`tensors` tensors, each read by `times` layers of each of these kinds."""
+
+    tensors: int
+    names: tuple[str, ...]
+    times: int = 1
+
+
+@dataclass(frozen=True)
 class Shape:
-    """A model: its linear layers in the blocks, and how many parameters all else has (embeddings, norms, the output head)."""
+    """A model: its linear layers in the blocks, how many parameters all else has (embeddings, norms, the output head), and which layers
+    read one tensor."""
 
     name: str
     kinds: tuple[Kind, ...]
     rest: int
+    readings: tuple[Reading, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -44,6 +55,14 @@ class Shape:
             if name not in there:
                 raise ValueError(f"{self.name} has no linear layers named {name!r}; it has {', '.join(sorted(there))}")
         return tuple(kind for kind in self.kinds if not names or kind.name in names)
+
+    def read_again(self, kinds: tuple[Kind, ...]) -> int:
+        """Numbers of a token that several of these layers read, counted once for each layer but the first."""
+        again = 0
+        for reading in self.readings:
+            widths = [kind.into for kind in kinds if kind.name in reading.names]
+            again += reading.tensors * max(0, len(widths) * reading.times - 1) * max(widths, default=0)       # they read one tensor: of one width
+        return again
 
 
 def size(c: dict, key: str, default: int | None = None) -> int:
@@ -88,6 +107,9 @@ def grouped(layers: int, width: int, q: int, kv: int, bias: bool) -> tuple[Kind,
     return Kind("q_proj", layers, q, width, bias), Kind("k_proj", layers, kv, width, bias), Kind("v_proj", layers, kv, width, bias)
 
 
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
 def megatron(layers: int, width: int, qkv: int, inner: int, bias: bool, mlp_bias: bool) -> tuple[Kind, ...]:
     """Megatron's names: q, k and v in one matrix, an MLP without a gate."""
     return (Kind("query_key_value", layers, qkv, width, bias), Kind("dense", layers, width, width, bias),
@@ -102,7 +124,7 @@ def gated(name: str, c: dict) -> Shape:
     kinds = (*grouped(layers, width, q, kv, bias or kind == "qwen2"), Kind("o_proj", layers, width, q, bias),
              *(Kind(part, layers, inner, width, mlp_bias) for part in ("gate_proj", "up_proj")), Kind("down_proj", layers, width, inner, mlp_bias))
     norms = (4 if kind == "gemma2" else 2) * width + (2 * head if kind == "qwen3" else 0)
-    return Shape(name, kinds, layers * norms + width + words(c, width))
+    return Shape(name, kinds, layers * norms + width + words(c, width), (Reading(layers, QKV), Reading(layers, ("gate_proj", "up_proj"))))
 
 
 def fused(name: str, c: dict) -> Shape:
@@ -110,7 +132,7 @@ def fused(name: str, c: dict) -> Shape:
     (width, q, kv, _), inner, layers, kind = attention(c), size(c, "intermediate_size"), size(c, "num_hidden_layers"), c["model_type"]
     qkv = (Kind("qkv_proj", layers, q + 2 * kv, width),) if kind == "phi3" else grouped(layers, width, q, kv, flag(c, "attention_bias"))
     kinds = (*qkv, Kind("o_proj", layers, width, q), Kind("gate_up_proj", layers, 2 * inner, width), Kind("down_proj", layers, width, inner))
-    return Shape(name, kinds, layers * (4 if kind == "glm4" else 2) * width + width + words(c, width))
+    return Shape(name, kinds, layers * (4 if kind == "glm4" else 2) * width + width + words(c, width), (Reading(layers, QKV),))
 
 
 def chatglm(name: str, c: dict) -> Shape:
@@ -147,7 +169,7 @@ def falcon(name: str, c: dict) -> Shape:
     keys = size(c, "num_kv_heads", heads) if new else 1 if flag(c, "multi_query") else heads
     kinds = megatron(layers, width, (heads + 2 * keys) * head, size(c, "ffn_hidden_size", 4 * width), bias, bias)
     norms = 2 if not flag(c, "parallel_attn") or size(c, "num_ln_in_parallel_attn", 2 if new else 1) == 2 else 1
-    return Shape(name, kinds, (norms * layers + 1) * 2 * width + words(c, width))
+    return Shape(name, kinds, (norms * layers + 1) * 2 * width + words(c, width), (Reading(layers, ("query_key_value", "dense_h_to_4h")),) * (norms == 1))
 
 
 def bloom(name: str, c: dict) -> Shape:
@@ -164,7 +186,8 @@ def opt(name: str, c: dict) -> Shape:
              Kind("fc1", layers, inner, width, bias), Kind("fc2", layers, width, inner, bias))
     norms = 2 * layers + (flag(c, "do_layer_norm_before") and not flag(c, "_remove_final_layer_norm"))
     projections = 2 * width * narrow if narrow != width else 0
-    return Shape(name, kinds, norms * norm + projections + (size(c, "max_position_embeddings") + 2) * width + words(c, narrow))
+    rest = norms * norm + projections + (size(c, "max_position_embeddings") + 2) * width + words(c, narrow)
+    return Shape(name, kinds, rest, (Reading(layers, QKV),))
 
 
 def gpt2(name: str, c: dict) -> Shape:
@@ -181,7 +204,7 @@ def gptj(name: str, c: dict) -> Shape:
     width, layers, inner = size(c, "n_embd"), size(c, "n_layer"), size(c, "n_inner", 4 * size(c, "n_embd"))
     kinds = (*(Kind(part, layers, width, width) for part in ("q_proj", "k_proj", "v_proj", "out_proj")),
              Kind("fc_in", layers, inner, width, True), Kind("fc_out", layers, width, inner, True))
-    return Shape(name, kinds, layers * 2 * width + 2 * width + words(c, width, bias=True))
+    return Shape(name, kinds, layers * 2 * width + 2 * width + words(c, width, bias=True), (Reading(layers, (*QKV, "fc_in")),))
 
 
 def phi(name: str, c: dict) -> Shape:
@@ -190,7 +213,7 @@ def phi(name: str, c: dict) -> Shape:
     kinds = (*grouped(layers, width, q, kv, True), Kind("dense", layers, width, q, True), Kind("fc1", layers, inner, width, True),
              Kind("fc2", layers, width, inner, True))
     norms = 2 * width + (4 * divided(c) if flag(c, "qk_layernorm") else 0)
-    return Shape(name, kinds, layers * norms + 2 * width + words(c, width, bias=True))
+    return Shape(name, kinds, layers * norms + 2 * width + words(c, width, bias=True), (Reading(layers, (*QKV, "fc1")),))
 
 
 def bert(name: str, c: dict) -> Shape:
@@ -200,7 +223,8 @@ def bert(name: str, c: dict) -> Shape:
              Kind("intermediate.dense", layers, inner, width, True), Kind("output.dense", layers, width, inner, True))
     embeddings = (size(c, "max_position_embeddings") + size(c, "type_vocab_size")) * width + 2 * width
     biases = size(c, "vocab_size") * (1 if flag(c, "tie_word_embeddings") else 2)     # untied, the head has a second one, of no use
-    return Shape(name, kinds, layers * 4 * width + embeddings + width * (width + 1) + 2 * width + biases + words(c, width))
+    rest = layers * 4 * width + embeddings + width * (width + 1) + 2 * width + biases + words(c, width)
+    return Shape(name, kinds, rest, (Reading(layers, ("query", "key", "value")),))
 
 
 def t5(name: str, c: dict) -> Shape:
@@ -216,7 +240,8 @@ def t5(name: str, c: dict) -> Shape:
              *(Kind(part, layers + decoder, inner, width) for part in (("wi_0", "wi_1") if form.startswith("gated-") else ("wi",))),
              Kind("wo", layers + decoder, width, inner))
     norms, distances = 2 * layers + 3 * decoder + 2, 2 * size(c, "relative_attention_num_buckets") * heads
-    return Shape(name, kinds, norms * width + distances + words(c, width))
+    attending = Reading(layers + decoder, ("q", "k", "v")), Reading(1, ("k", "v"), decoder)       # all decoder blocks attend to the encoder's last state
+    return Shape(name, kinds, norms * width + distances + words(c, width), (*attending, Reading(layers + decoder, ("wi_0", "wi_1"))))
 
 
 TIED = {"tie_word_embeddings": True}

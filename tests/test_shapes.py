@@ -56,6 +56,8 @@ CONFIGS = {name: getattr(transformers, f"{family}Config")(**keys) for name, fami
     ("t5", "T5", T5), ("t5, gated", "T5", T5 | {"feed_forward_proj": "gated-gelu", "num_decoder_layers": 2}),
 ]}
 
+CANNOT_RUN = ("phi, odd heads", "falcon, 7b wide", "falcon, both")        # transformers builds them, and its forward pass fails
+
 
 def built(config):
     """transformers' own model of that config, without numbers."""
@@ -83,6 +85,30 @@ def test_parameters_and_targets_are_transformers(name, tmp_path):
             layers[kind, out, into, module.bias is not None] += 1
     assert layers == {(kind.name, kind.out, kind.into, kind.bias): kind.count for kind in found.kinds}
     assert shape(str(tmp_path)) == found
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in CANNOT_RUN])
+def test_layers_that_read_one_tensor_are_transformers(name, tmp_path):
+    """Their model with numbers, run: for every set of kinds, how many numbers of a token are read again."""
+    CONFIGS[name].save_pretrained(tmp_path)
+    CONFIGS[name].pad_token_id = 0
+    found = shape(str(tmp_path))
+    kind = transformers.AutoModelForSeq2SeqLM if CONFIGS[name].is_encoder_decoder else transformers.AutoModelForCausalLM
+    model, read, held = kind.from_config(CONFIGS[name]).eval(), {}, []
+    for path, module in model.named_modules():
+        if re.search(r"\.\d+\.", path) and isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D)):
+            one = max((kind for kind in found.kinds if path.endswith("." + kind.name)), key=lambda kind: len(kind.name))
+
+            def note(module, inputs, one=one):
+                held.append(inputs[0])
+                read.setdefault(inputs[0].data_ptr(), []).append(one)
+
+            module.register_forward_pre_hook(note)
+    ids = torch.arange(1, 6)[None]
+    model(ids, **({"decoder_input_ids": ids} if CONFIGS[name].is_encoder_decoder else {}))
+    for kinds in (found.kinds, found.kinds[:1], found.kinds[1:3], found.kinds[::2], found.kinds[-3:]):
+        again = sum(kind.into for group in read.values() for kind in [kind for kind in group if kind in kinds][1:])
+        assert found.read_again(kinds) == again, [kind.name for kind in kinds]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -177,24 +203,41 @@ def test_a_rank_above_the_smaller_side_is_refused():
         extrapolated(shape("llama-7b"), ml.LoRA(4097), ["down_proj"])
 
 
+@pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj", "down_proj"]])
 @pytest.mark.parametrize("base", ["fp32", "nf4"])
 @pytest.mark.parametrize("method", [ml.LoRA(3), ml.VeRA(9), ml.AdaLoRA(4, 2), ml.DoRA(3, dropout=0.1), ml.PiSSA(3), ml.LoRAFA(3)])
-def test_extrapolation_is_the_ledger_of_a_model_that_is_here(method, base):
+def test_extrapolation_is_the_ledger_of_a_model_that_is_here(method, base, targets):
     """A Llama of shapes that are not square, in float32: the same totals. NF4 beside float32, so of 4-bit bytes only the adapters'."""
     config = CONFIGS["llama"]
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
+    model, ids = transformers.LlamaForCausalLM(config), torch.zeros(3, 11, dtype=torch.long)
     if base == "nf4":
         ml.quantize(model)
-    ml.adapt(model, method)
+    ml.adapt(model, method, targets)
     there = from_config("here", config.to_dict())
-    *_, total = extrapolated(there, method, tokens=33, base=base)
-    *_, here = predicted(model, tokens=33)
-    assert ledger(model, tokens=33)[-1] == here
+    *_, total = extrapolated(there, method, targets, tokens=33, base=base)
+    *_, here = predicted(model, 33, lambda: model(ids))
+    assert ledger(model, 33, lambda: model(ids))[-1] == here
     assert (total.trainable, total.frozen, total.optimizer_bytes, total.forward_flops) == (here.trainable, here.frozen, here.optimizer_bytes, here.forward_flops)
     if base == "fp32":
-        buffers = sum(b.nbytes for name, b in model.named_buffers() if "inv_freq" in name)
-        assert total.alive_bytes == here.alive_bytes and total.frozen_bytes == here.frozen_bytes - buffers
+        assert total.alive_bytes == here.alive_bytes and total.frozen_bytes == here.frozen_bytes - not_counted(model)
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj"], ["q_proj", "k_proj", "up_proj"]])
+@pytest.mark.parametrize("method", [ml.QLoRA(3), ml.QLoRA(3, block_size=4096, double=False), ml.LoftQ(3), ml.LoftQ(3, double=True), ml.QPiSSA(3, block_size=128)])
+def test_a_method_with_a_base_of_its_own_is_priced_as_adapt_makes_it(method, targets):
+    """In its own blocks, its scales quantized again or not, and only where it adapts: in 16 bits, all the weights to the byte."""
+    config = transformers.LlamaConfig(**SMALL, num_key_value_heads=2, dtype="float16")
+    model = transformers.LlamaForCausalLM(config).half()
+    ml.adapt(model, method, targets)
+    total = extrapolated(from_config("here", config.to_dict()), method, targets, tokens=33, base="nf4")[-1]
+    here = predicted(model, tokens=33)[-1]
+    assert (total.trainable, total.frozen, total.frozen_bytes) == (here.trainable, here.frozen, here.frozen_bytes - not_counted(model))
+
+
+def not_counted(model):
+    """Buffers of the model itself, which are no weights."""
+    return sum(b.nbytes for name, b in model.named_buffers() if "inv_freq" in name)
 
 
 def test_what_is_not_known_is_refused(tmp_path):
