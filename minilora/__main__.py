@@ -63,12 +63,12 @@ def parser() -> Parser:
     source.add_argument("--text", type=Path, metavar="FILE", help="any UTF-8 file; its last tenth is held out")
     source.add_argument("--task", choices=data.TASKS, help="a task with known answers")
     finetune.add_argument("--method", type=method_name, default="lora", help=", ".join(METHODS))
-    finetune.add_argument("--rank", type=whole(1), help="rank of the update (default: 8, VeRA 64); AdaLoRA's target, from half as much again")
+    finetune.add_argument("--rank", type=whole(1, 2**16), help="rank of the update (default: 8, VeRA 64); AdaLoRA's target, from half as much again")
     finetune.add_argument("--alpha", type=positive, help="strength of the update (default: the method's)")
     finetune.add_argument("--steps", type=whole(1), default=200)
     finetune.add_argument("--lr", type=positive, help="peak learning rate (default: one that suits the method)")
     finetune.add_argument("--seed", type=whole(0), default=0)
-    finetune.add_argument("--targets", help="comma-separated names of layers (default: all linear layers of the blocks)")
+    finetune.add_argument("--targets", type=layer_names, help="comma-separated names of layers (default: all linear layers of the blocks)")
     finetune.add_argument("--out", type=Path, metavar="DIR", help="where the adapter goes (default: runs/NAME-METHOD)")
     finetune.add_argument("--force", action="store_true", help="replace what an earlier run left in DIR")
     finetune.set_defaults(run=run_finetune)
@@ -103,7 +103,7 @@ def parser() -> Parser:
     trial.add_argument("--results", type=Path, default=compare.PUBLISHED, metavar="FILE", help="a results.json of compare --claims (default: the published one)")
     trial.set_defaults(run=run_claims)
 
-    memory = commands.add_parser("capacity", help="facts remembered against rank, and AdaLoRA's ranks as a film")
+    memory = commands.add_parser("capacity", help="facts remembered against rank, one curve more with each call; and AdaLoRA's ranks as a film")
     memory.add_argument("--facts", type=whole(2), default=128)
     memory.add_argument("--steps", type=whole(10), default=800)
     memory.add_argument("--seeds", type=whole(1), default=3)
@@ -113,10 +113,10 @@ def parser() -> Parser:
     cost = commands.add_parser("cost", help="what a method costs on a real model, by the formulas")
     cost.add_argument("--shape", help=f"{', '.join(shapes.KNOWN)}, or a model's config.json (default: the shipped base, measured)")
     cost.add_argument("--method", type=method_name, default="lora")
-    cost.add_argument("--rank", type=whole(1), help="default: 8, VeRA 64")
-    cost.add_argument("--targets", help="comma-separated names of layers (default: all linear layers of the blocks)")
+    cost.add_argument("--rank", type=whole(1, 2**16), help="default: 8, VeRA 64")
+    cost.add_argument("--targets", type=layer_names, help="comma-separated names of layers (default: all linear layers of the blocks)")
     cost.add_argument("--base", dest="base_type", choices=["fp32", "fp16", "nf4"], help="how the frozen weights are stored (default: fp16; the shipped base: fp32; nf4 where the method does so itself)")
-    cost.add_argument("--tokens", type=whole(1), default=1024, help="in a batch, for bytes alive and FLOPs")
+    cost.add_argument("--tokens", type=whole(1, 10**9), default=1024, help="in a batch, for bytes alive and FLOPs")
     cost.add_argument("--picture", type=Path, metavar="FILE", help="draw the bars of every method there (PNG)")
     cost.set_defaults(run=run_cost)
 
@@ -133,8 +133,8 @@ def parser() -> Parser:
 def run_finetune(args: argparse.Namespace) -> int:
     task = data.text(args.text) if args.text else data.TASKS[args.task]()
     method = make_method(args.method, args.rank, args.alpha, args.steps)
-    targets = args.targets.split(",") if args.targets else None
-    model = on_best_device(ml.load_base(args.base))
+    targets = args.targets
+    model = on_best_device(byte_base(args.base))
     ml.adapt(copy.deepcopy(model), method, targets)       # whatever the method or the targets refuse, it is refused here
     context, lr = model.config.context, args.lr or RATES[args.method]
     windows = task.held_out(context + 1)
@@ -198,7 +198,8 @@ def run_compare(args: argparse.Namespace) -> int:
     tasks = {args.text.name: data.text(args.text)} if args.text else {name: compare.TASKS[name]() for name in args.task}
     settings = compare.Settings(args.steps or (40 if args.quick else 100), base=args.base)
     out, seeds = args.out or Path("runs/compare"), args.seeds or (1 if args.quick else 5)
-    refuse_file(out)
+    byte_base(args.base)
+    room(out)
     budget = compare.at_budget(args.budget, settings.steps, args.base) if args.budget else []
     lineup = list(dict.fromkeys([*compare.entries(), *budget, *(claims.LINEUP if args.claims else ())]))
     command = " ".join(["python -m minilora", *(sys.argv[1:] if sys.argv[0].endswith("__main__.py") else ["compare"])])
@@ -215,6 +216,8 @@ def run_compare(args: argparse.Namespace) -> int:
         if args.budget:
             print(f"\n{task}, at about {args.budget:,} trainable parameters")
             print(scoreboard.table(runs, task, budget) if budget else "no method can be brought within a tenth of that")
+    if args.quick:
+        print("\nA first look and no ranking: few runs, short ones, at rates that were found for longer ones. Without --quick each finds its own.")
     if args.claims:
         print(f"\n{claims.report(runs)}")
     print(f"\nin {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
@@ -254,9 +257,8 @@ def run_claims(args: argparse.Namespace) -> int:
 
 
 def run_capacity(args: argparse.Namespace) -> int:
-    refuse_file(args.out)
     data.invented(args.facts)                             # refused here, if there are not so many
-    args.out.mkdir(parents=True, exist_ok=True)
+    room(args.out)
     file = args.out / "capacity.json"
     records = capacity.read(file) if file.exists() else []
 
@@ -265,8 +267,7 @@ def run_capacity(args: argparse.Namespace) -> int:
         storage.write_atomically(file, ("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n").encode())
 
     found = capacity.curve(args.facts, args.steps, args.seeds, list(records), keep=keep)
-    mine = [record for record in found if (record["count"], record["steps"]) == (args.facts, args.steps)]
-    for name, figure in (("capacity.png", plots.capacity(mine, capacity.BITS)), ("film.png", plots.rank_film(capacity.film()))):
+    for name, figure in (("capacity.png", plots.capacity(found)), ("film.png", plots.rank_film(capacity.film()))):
         picture = io.BytesIO()
         figure.savefig(picture, dpi=110)
         storage.write_atomically(args.out / name, picture.getvalue())
@@ -275,7 +276,7 @@ def run_capacity(args: argparse.Namespace) -> int:
 
 
 def run_cost(args: argparse.Namespace) -> int:
-    targets = args.targets.split(",") if args.targets else None
+    targets = args.targets
     method = make_method(args.method, None if args.method == "full" else args.rank)
     rank = getattr(method, "target_rank", getattr(method, "rank", None))
     described = f"{args.method}{f', rank {rank}' if rank else ''}, {args.tokens:,} tokens"
@@ -310,8 +311,8 @@ def cost_row(line: measure.Line, into: int = 0, out: int = 0, count: int = 0, na
 
 def measured_cost(args: argparse.Namespace, method: ml.Method, targets: list[str] | None, base: str, described: str) -> int:
     """On the shipped base, which is here: every layer measured, and beside the sums what the formulas say."""
-    if base == "fp16" or args.picture:
-        raise ValueError("without --shape the shipped base is measured: on fp32 or nf4, and without a picture")
+    if base == "fp16" or args.picture or args.tokens > 2**16:
+        raise ValueError(f"without --shape the shipped base is measured: on fp32 or nf4, without a picture, and with at most {2**16:,} tokens")
     model = compare.Entry(args.method, base).model()
     ml.adapt(model, method, targets)
     method.before_step(model, 0)                          # from here on Delta-LoRA moves W
@@ -332,7 +333,7 @@ def draw_costs(args: argparse.Namespace, shape: shapes.Shape, targets: list[str]
     """A bar for each method on this shape: weights, gradients, AdamW's state, bytes alive in the adapted layers."""
     bars = {}
     for name in METHODS:
-        for base in ("fp16", "nf4"):
+        for base in ("fp32" if args.base_type == "fp32" else "fp16", "nf4"):
             try:
                 total = measure.extrapolated(shape, make_method(name, None if name == "full" else args.rank), targets, args.tokens, base)[-1]
             except ValueError:                            # it cannot stand on that base
@@ -341,7 +342,7 @@ def draw_costs(args: argparse.Namespace, shape: shapes.Shape, targets: list[str]
                 bars[f"{name}, {base}"] = {"weights": (total.trained_bytes + total.frozen_bytes) / 2**30, "gradients": total.gradient_bytes / 2**30,
                                            "AdamW": total.optimizer_bytes / 2**30, f"alive, {args.tokens:,} tokens": total.alive_bytes / 2**30}
     picture = io.BytesIO()
-    plots.cost_bars(bars, f"{plots.printable(shape.name)}, rank {args.rank or '8 (VeRA 64)'}: memory of training").savefig(picture, dpi=110)
+    plots.cost_bars(bars, f"{plots.printable(shape.name, 'the shape')}, rank {args.rank or '8 (VeRA 64)'}: memory of training").savefig(picture, dpi=110)
     args.picture.parent.mkdir(parents=True, exist_ok=True)
     storage.write_atomically(args.picture, picture.getvalue())
     print(f"drawn: {args.picture}")
@@ -373,6 +374,13 @@ def task_names(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def layer_names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"names of layers with commas between them, got {text!r}")
+    return names
+
+
 def method_name(text: str) -> str:
     """The name in METHODS, however it is spelled: LoRA+, lora_plus and lora-plus are one."""
     def plain(name):
@@ -386,14 +394,35 @@ def method_name(text: str) -> str:
 def load(args: argparse.Namespace) -> ml.TinyGPT:
     """The base, with the adapter if one is named; or the whole model that full fine-tuning left in that folder."""
     if args.adapter and (args.adapter / MODEL).exists():
-        return ml.load_base(args.adapter / MODEL)
-    model = ml.load_base(args.base)
+        return byte_base(args.adapter / MODEL)
+    model = byte_base(args.base)
     return ml.load_adapter(model, args.adapter) if args.adapter else model
+
+
+def byte_base(path: Path | None) -> ml.TinyGPT:
+    model = ml.load_base(path)
+    if model.config.vocab_size != 256:
+        raise ValueError(f"{path}: a base of {model.config.vocab_size} symbols, and texts are read here as bytes, of which there are 256")
+    return model
 
 
 def refuse_file(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out takes a folder")
+
+
+def room(out: Path) -> list[Path]:
+    """Make sure that the folder is there and takes files. Returns the folders that had to be made."""
+    refuse_file(out)
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        for folder in filter(Path.exists, made):
+            folder.rmdir()
+        raise ValueError(f"{out}: cannot write there ({error.strerror})") from None
+    return made
 
 
 def claim(out: Path, force: bool) -> list[Path]:
@@ -405,14 +434,7 @@ def claim(out: Path, force: bool) -> list[Path]:
         raise ValueError(f"{out} holds a finished run; take another --out, or --force to replace it")
     if not force and there and CHECKPOINT not in there:
         raise ValueError(f"{out} is not empty and holds no run to go on with; take another --out, or --force to write there")
-    made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        for folder in made:
-            folder.rmdir()
-        raise ValueError(f"{out}: cannot write there ({error.strerror})") from None
+    made = room(out)
     if force:
         for name in {*WRITTEN, *unfinished}:
             (out / name).unlink(missing_ok=True)
@@ -449,10 +471,12 @@ def on_best_device(model: ml.TinyGPT) -> ml.TinyGPT:
     return model.to(best)
 
 
-def whole(least: int):
+def whole(least: int, most: int = 10**9):
     def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        if not text.isdecimal() or len(text) > 100 or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r:.50}")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most:,}, got {text}")
         return int(text)
 
     return number

@@ -37,12 +37,15 @@ def bits_held(model, facts: Sequence[tuple[str, str]]) -> float:
 def read(path: Path) -> list[dict]:
     """The records of an earlier curve. Raises ValueError naming the file where it holds none."""
     try:
-        records = json.loads(path.read_text())
-        whole = isinstance(records, list) and all({"method", "rank", "count", "steps", "seed", "parameters", "remembered", "bits"} <= record.keys() for record in records)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, AttributeError):
+        records = json.loads(path.read_bytes())
+        whole = isinstance(records, list) and all(
+            type(record["method"]) is str and (record["rank"] is None or type(record["rank"]) is int)
+            and all(type(record[key]) in (int, float) and 0 <= record[key] < math.inf for key in ("count", "steps", "seed", "lr", "parameters", "remembered", "bits"))
+            and min(record["count"], record["steps"], record["parameters"]) > 0 for record in records)
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
-        raise ValueError(f"{path}: not a file of capacity's records; remove it, or take another --out")
+        raise ValueError(f"{path}: not a file of capacity's records, or damaged; remove it, or take another --out")
     return records
 
 
@@ -67,7 +70,8 @@ def curve(count: int = 128, steps: int = 800, seeds: int = 3, done: Sequence[dic
 
 
 def film(steps: int = 200, frames: int = 8, task: str = "voice", seed: int = 0) -> dict:
-    """AdaLoRA on a task: at `frames` moments, how many triplets each layer keeps; and the budget at each step.
+    """AdaLoRA on a task: at `frames` moments, how many triplets each layer keeps; and the budget at each step. The moments are the start, the
+    end, and between them those at which the budget has lost its next equal part.
 
     Returns {"steps": [...], "names": [...], "kept": [[per layer] per frame], "budget": [per step], "most": initial rank}.
     """
@@ -78,9 +82,10 @@ def film(steps: int = 200, frames: int = 8, task: str = "voice", seed: int = 0) 
         kept.append([int(layer.kept.sum()) for _, layer in adapters(model)])
         return 0.0
 
-    every = -(-steps // (frames - 1))
-    history = finetune(model, method, data.TASKS[task]().batches(16, 64, seed), steps, RATES["adalora"], seed, evaluate=look, evaluate_every=every,
-                       warmup=steps // 10, schedule="linear", progress=False)
+    finetune(model, method, data.TASKS[task]().batches(16, 64, seed), steps, RATES["adalora"], seed, evaluate=look, evaluate_every=1,
+             warmup=steps // 10, schedule="linear", progress=False)
     names = [name for name, _ in adapters(model)]
-    return {"steps": [step for step, _ in history["evaluated"]], "names": names, "kept": kept,
-            "budget": [method.budget(step, len(names)) for step in range(steps)], "most": method.initial_rank}
+    budget = [method.budget(step, len(names)) for step in range(steps)]
+    lost = [(budget[0] - budget[-1]) * part / (frames - 2) for part in range(1, frames - 1)]
+    moments = [0, *(next(step for step in range(steps) if budget[0] - budget[step] >= loss) + 1 for loss in lost), steps]      # kept[k]: after k steps
+    return {"steps": moments, "names": names, "kept": [kept[moment] for moment in moments], "budget": budget, "most": method.initial_rank}

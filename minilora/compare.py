@@ -68,7 +68,7 @@ def entries() -> list[Entry]:
 
 def at_budget(budget: int, steps: int, base: Path | None = None, within: float = 0.1, largest: int = 512) -> list[Entry]:
     """Every entry at the rank that brings it nearest to `budget` trainable parameters, if that is within a tenth of it. LoRA-drop before
-    it drops: how many it will, only its data can tell."""
+    it drops: how many it will, only its data can tell. VeRA up to rank `largest`: beyond, its random matrices outgrow the model."""
     sizes, found = [(linear.out_features, linear.in_features) for linear in find_targets(load_base(base)).values()], []
     for entry in entries():
         if entry.method == "full":
@@ -80,8 +80,8 @@ def at_budget(budget: int, steps: int, base: Path | None = None, within: float =
             return sum(prod(shape) for o, i in sizes for shape in COSTS[type(method)].trained(method, o, i).values())
 
         ranks = range(1, highest + 1 if entry.method != "adalora" else highest * 2 // 3 + 1)         # AdaLoRA begins with half as much again
-        rank = min(ranks, key=lambda rank: (abs(count(rank) - budget), -rank))
-        if abs(count(rank) - budget) <= within * budget:
+        rank = min(ranks, key=lambda rank: (abs(count(rank) - budget), -rank), default=None)
+        if rank and abs(count(rank) - budget) <= within * budget:
             usual = make_method(entry.method, rank, steps=steps) == make_method(entry.method, steps=steps)
             found.append(entry if usual else Entry(entry.method, entry.base, rank))
     return found
@@ -114,7 +114,8 @@ class Settings:
         return score if math.isfinite(score) else None
 
     def run(self, entry: Entry, task: data.Task, lr: float, seed: int) -> tuple[dict, TinyGPT | None]:
-        """All the scores of one run and its model; None for each where it diverged."""
+        """All the scores of one run and its model; None for each where it diverged. Forgotten is what the tiny world costs more than before
+        `adapt`, so a method that puts the base in four bits itself answers for those too."""
         try:
             model, loss = self.train(entry, task, lr, seed)
             score, world = bits(model, task), bits(model, data.world())
@@ -143,6 +144,9 @@ class Results:
             was = self.content["about"]
             if was["settings"] != common["settings"]:
                 raise ValueError(f"{path} holds a comparison with other settings ({was['settings']}, not {common['settings']}); take another --out")
+            this = {key: common[key] for key in ("command", "versions") if key in common}
+            if any(was.get(key) != value for key, value in this.items()) and this not in was.setdefault("continued", []):
+                was["continued"].append(this)
 
     def same_data(self, name: str, task: data.Task) -> None:
         """A text may change and keep its name: then what is here was made from something else."""
@@ -162,17 +166,34 @@ class Results:
 
 
 def read(path: Path) -> dict:
-    """A results file. Raises ValueError naming it where it is not one."""
+    """A results file, each run in it once. Raises ValueError naming it where it is not one, OSError where it cannot be read."""
     try:
-        content = json.loads(path.read_text())
-        whole = isinstance(content["about"]["settings"], dict) and isinstance(content["search"], list) and isinstance(content["runs"], list) and all(
-            isinstance(record["task"], str) and {"method", "base", "rank", "seed", "lr"} <= record.keys() for record in content["search"] + content["runs"]) and all(
-            "bits_per_byte" in scores for scores in content["search"] + [run["scores"] for run in content["runs"] if isinstance(run["costs"], dict)])
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        content = json.loads(path.read_bytes())
+        made = [(run["task"], run["method"], run["base"], run["rank"], run["seed"]) for run in content["runs"]]
+        whole = (isinstance(content["about"]["settings"], dict) and all(map(_is_search, content["search"])) and all(map(_is_run, content["runs"]))
+                 and all("bits_per_byte" in record for record in content["search"]) and len(made) == len(set(made)))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
-        raise ValueError(f"{path}: not a results file of compare; remove it, or take another --out")
+        raise ValueError(f"{path}: not a results file of compare, or damaged; remove it, or name another")
     return content
+
+
+def _is_search(record: dict) -> bool:
+    return (all(type(record[key]) is str for key in ("task", "method", "base")) and type(record["seed"]) is int and _is_number(record["lr"])
+            and (record["rank"] is None or type(record["rank"]) is int) and (record.get("bits_per_byte") is None or _is_number(record["bits_per_byte"])))
+
+
+def _is_run(record: dict) -> bool:
+    scores, costs = record["scores"] | {}, record["costs"] | {}         # no list has that
+    training = scores.pop("training", None)
+    return (_is_search(record) and "bits_per_byte" in scores and all(value is None or _is_number(value) for value in scores.values())
+            and (training is None or len(training) > 0 and all(map(_is_number, training)))
+            and all(_is_number(value) and value > 0 for value in costs.values()))
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300           # not nan
 
 
 def write(path: Path, content: dict) -> bytes:
@@ -282,8 +303,10 @@ def compare(tasks: dict[str, data.Task], seeds: int, out: Path, settings: Settin
     if model.config.context < CONTEXT:
         raise ValueError(f"{settings.base}: a base that reads {model.config.context} bytes at once, and compare gives it {CONTEXT}")
     for entry in lineup:
-        if entry.rank:
+        try:
             entry.adapted(settings.steps, settings.base)
+        except ValueError as error:
+            raise ValueError(f"{entry}: {error}") from None
     base = storage.base_fingerprint(model)
     common = {"command": command, "settings": {"steps": settings.steps, "rows": settings.rows, "context": CONTEXT, "base": base[:12], "quick": quick},
               "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}

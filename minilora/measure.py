@@ -316,7 +316,7 @@ def predicted_disk_bytes(model: nn.Module) -> int:
     """The same from the formulas: a header that names every tensor, its numbers, and for an adapter the configuration."""
     layers = dict(adapters(model))
     if not layers:
-        return _packed_bytes({name: tuple(t.shape) for name, t in model.state_dict().items()}, storage.model_metadata(model), next(model.parameters()).dtype)
+        return _packed_bytes({name: tuple(t.shape) for name, t in storage.whole(model).items()}, storage.model_metadata(model), next(model.parameters()).dtype)
     method = next(iter(layers.values())).method
     cost, shapes = COSTS[type(method)], {}
     for name, layer in layers.items():

@@ -1,5 +1,6 @@
 """Figures, and nothing else: numbers in, a matplotlib Figure out. Colours are Okabe and Ito's, which colour-blind readers can tell apart."""
 
+import itertools
 import math
 from statistics import fmean
 from typing import NamedTuple
@@ -13,9 +14,9 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
 
-def printable(name: str) -> str:
+def printable(name: str, otherwise: str = "your text") -> str:
     """A name as a title can show it: matplotlib's own font knows no Chinese, and takes what stands between two $ for mathematics."""
-    return name.replace("$", r"\$") if name.isascii() else "your text"
+    return name.replace("$", r"\$") if name.isascii() else otherwise
 
 
 def loss_curve(history: dict, title: str, floor: float | None = None) -> Figure:
@@ -230,30 +231,35 @@ def _named(axes, points: list[tuple[str, float, float]], size: float = 8.5) -> N
                       arrowprops={"arrowstyle": "-", "color": "#555555", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3} if far > 12 * unit else None)
 
 
-def capacity(records: list[dict], bits_each: float) -> Figure:
-    """Facts remembered against rank, and bits held against trainable parameters; every seed a point, the mean a line."""
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
+def capacity(records: list[dict]) -> Figure:
+    """Facts remembered against rank, and bits held by each trained parameter; every seed a point, the mean a line; a line style and a
+    marker for each number of facts and of steps. records: as `curve` returns them."""
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    colors = {"lora": BLUE, "lora-fa": ORANGE, "vera": GREEN, "full": BLACK, "dora": PURPLE}
-    lora = [record for record in records if record["method"] == "lora"]
-    ranks = sorted({record["rank"] for record in lora})
-    left.plot(ranks, [100 * fmean(r["remembered"] for r in lora if r["rank"] == rank) for rank in ranks], color=BLUE, label="LoRA")
-    left.scatter([r["rank"] for r in lora], [100 * r["remembered"] for r in lora], color=BLUE, s=14)
-    full = [100 * r["remembered"] for r in records if r["method"] == "full"]
-    if full:
-        left.axhline(fmean(full), color=BLACK, linestyle="--", linewidth=1, label="full fine-tuning")
-    left.set(xscale="log", xlabel="rank", ylabel="facts remembered, %", ylim=(-3, 103), title=f"{records[0]['count']} facts, {records[0]['steps']} steps")
+    colors = {"lora": BLUE, "lora-fa": ORANGE, "vera": GREEN, "full": BLACK}
+    settings = list(dict.fromkeys((record["count"], record["steps"]) for record in records))
+    styles = list(zip(settings, itertools.cycle("os^Dv"), itertools.cycle(("-", "--", ":", "-."))))
+    for (count, steps), marker, dashes in styles:
+        here = [record for record in records if (record["count"], record["steps"]) == (count, steps)]
+        lora = [record for record in here if record["method"] == "lora"]
+        ranks = sorted({record["rank"] for record in lora})
+        left.plot(ranks, [100 * fmean(r["remembered"] for r in lora if r["rank"] == rank) for rank in ranks], color=BLUE, linestyle=dashes)
+        left.scatter([r["rank"] for r in lora], [100 * r["remembered"] for r in lora], color=BLUE, s=18, marker=marker)
+        for method in {r["method"]: None for r in here}:
+            mine = [r for r in here if r["method"] == method]
+            right.scatter([r["parameters"] for r in mine], [r["bits"] / r["parameters"] for r in mine], color=colors.get(method, PURPLE), s=20, marker=marker)
+    ranks = sorted({record["rank"] for record in records if record["method"] == "lora"})
+    left.set(xscale="log", xlabel="rank of LoRA", ylabel="facts remembered, %", ylim=(-3, 103), title="how many facts a rank learns in so many steps")
     left.set_xticks(ranks, [str(rank) for rank in ranks])
     left.minorticks_off()
-    for method, color in colors.items():
-        mine = [r for r in records if r["method"] == method]
-        if mine:
-            right.scatter([r["parameters"] for r in mine], [r["bits"] for r in mine], color=color, s=18, label=method)
-    right.axhline(records[0]["count"] * bits_each, color="#888888", linestyle=":", linewidth=1, label="all there is to know")
-    right.set(xscale="log", xlabel="trainable parameters", ylabel="bits held", title="what a parameter buys")
+    right.set(xscale="log", xlabel="trainable parameters", ylabel="bits held, per trained parameter", title="what a parameter holds", ylim=(0, None))
+    methods = [name for name in colors if any(record["method"] == name for record in records)]
+    key = [Line2D([], [], color=BLUE, linestyle=dashes, marker=marker, label=f"{count} facts, {steps:,} steps")
+           for (count, steps), marker, dashes in styles]
+    left.legend(handles=key, frameon=False, loc="lower right")
+    right.legend(handles=[Line2D([], [], color=colors[name], marker="o", linestyle="", label=name) for name in methods], frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
     return figure
 
 

@@ -116,8 +116,16 @@ def base_fingerprint(model: nn.Module, wrapped: dict[str, Adapter] | None = None
 
 def save_model(model: TinyGPT, path: str | Path) -> None:
     """A whole TinyGPT with its configuration, as load_base reads it."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in whole(model).items()}
     write_atomically(path, _packed(tensors, model_metadata(model)))
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """All that makes the model, by its first name: a tied head is its embedding and is there once."""
+    once = {}
+    for name, tensor in model.state_dict().items():
+        once.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor))
+    return dict(once.values())
 
 
 def model_metadata(model: TinyGPT) -> dict[str, str]:
@@ -149,6 +157,8 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     """All of it or nothing, whenever the power fails: a temporary file beside it, flushed to the disk, then renamed."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.tmp")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; a file is to be written there")
     with open(beside, "wb") as file:
         file.write(content)
         file.flush()

@@ -336,12 +336,32 @@ def test_compare_on_a_text_of_ones_own_is_made_once(base, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--task", "voice,chess"], "invalid choice: 'chess' (choose from voice, facts, sums)"), (["--seeds", "0"], "at least 1"), (["--steps", "5"], "at least 10"),
-    (["--text", "nowhere.txt"], "nowhere.txt: cannot be read"),
+    (["--text", "nowhere.txt"], "nowhere.txt: cannot be read"), (["--budget", "9" * 400], "must be a whole number"), (["--budget", "1" + "0" * 12], "at most 1,000,000,000"),
 ])
 def test_bad_flags_of_compare(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit) if "nowhere.txt" not in flags else nullcontext():
         assert main(["compare", *flags, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err and files(tmp_path) == []
+
+
+def test_a_base_of_other_symbols_than_bytes_is_refused(tmp_path, capsys):
+    (tmp_path / "my.txt").write_text("A line of a text. " * 200)
+    ml.storage.save_model(ml.TinyGPT(ml.GPTConfig(vocab_size=100, context=64, width=16, layers=1, heads=2)), tmp_path / "b.safetensors")
+    for command in (["compare", "--quick"], ["finetune", "--text", str(tmp_path / "my.txt")]):
+        assert main([*command, "--base", str(tmp_path / "b.safetensors"), "--out", str(tmp_path / "out")]) == 2
+        assert "a base of 100 symbols" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_takes_no_files_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr(compare, "compare", lambda *_: pytest.fail("begun"))
+    monkeypatch.setattr(capacity, "curve", lambda *_, **__: pytest.fail("begun"))
+    for command in (["compare", "--quick"], ["capacity"]):
+        assert main([*command, "--out", str(tmp_path / "a" / "b")]) == 2 and "cannot write there (Read-only file system)" in capsys.readouterr().err
+    assert files(tmp_path) == []
 
 
 def test_compare_with_a_budget_claims_and_seeds(base, tmp_path, monkeypatch, capsys):
@@ -382,7 +402,7 @@ def test_claims_are_judged_from_the_published_results(capsys, tmp_path):
     assert main(["claims"]) == 0
     out = capsys.readouterr().out
     assert all(f"{claim.key}: " in out for claim in claims.CLAIMS) and "python -m minilora compare" in out and "the runs are not there" not in out
-    assert main(["claims", "--results", str(tmp_path / "none.json")]) == 2 and "not a results file" in capsys.readouterr().err
+    assert main(["claims", "--results", str(tmp_path / "none.json")]) == 2 and "No such file" in capsys.readouterr().err
 
 
 def test_capacity_writes_its_records_and_pictures(tmp_path, monkeypatch, capsys):
@@ -415,6 +435,25 @@ def test_cost_of_the_shipped_base_is_measured_beside_the_formulas(method, flags,
     on_disk = re.search(r"on disk: ([\d,]+) bytes measured, ([\d,]+) by", out)
     assert measured[0] == trained and on_disk[1] == on_disk[2]
     assert main(["cost", "--method", method, "--base", "fp16"]) == 2 and ("on fp32 or nf4" if method != "loftq" else "four bits") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--tokens", "9" * 400], "must be a whole number"), (["--tokens", "100000"], "at most 65,536 tokens"), (["--rank", "100000000000"], "at most 65,536"),
+    (["--targets", ""], "names of layers"), (["--targets", "q_proj,"], "names of layers"),
+    (["--shape", "llama-7b", "--picture", "{tmp}"], "is a folder"),
+])
+def test_bad_flags_of_cost(flags, message, tmp_path, capsys):
+    try:
+        (tmp_path / "folder").mkdir()
+        code = main(["cost", *(flag.format(tmp=tmp_path / "folder") for flag in flags)])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and message in capsys.readouterr().err
+    assert files(tmp_path) == ["folder"] and files(tmp_path / "folder") == []
+
+
+def test_names_of_layers_may_stand_apart(capsys):
+    assert main(["cost", "--shape", "llama-7b", "--targets", "q_proj, v_proj"]) == 0 and "trained: 4,194,304" in capsys.readouterr().out
 
 
 def test_cost_where_the_method_brings_its_own_base(capsys):

@@ -224,6 +224,79 @@ def test_settings_and_files_that_do_not_fit_are_refused(tmp_path, base):
             run(tmp_path, base)
 
 
+def test_a_results_file_that_was_edited_is_refused_whatever_was_edited(tmp_path):
+    good = {"about": {"settings": {}}, "search": [{"task": "t", "method": "lora", "base": "fp32", "rank": None, "seed": 1000, "lr": 0.1, "bits_per_byte": None}],
+            "runs": [{"task": "t", "method": "lora", "base": "fp32", "rank": None, "seed": seed, "lr": 0.1, "costs": {"trainable_parameters": 5},
+                      "scores": {"bits_per_byte": 1.0, "forgotten": None, "training": [2.0, 1.0]}} for seed in (0, 1)]}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(good))
+    assert compare.read(path) == good
+
+    def places(part, at=()):
+        for key in part if isinstance(part, dict) else range(len(part)):
+            yield (*at, key)
+            if isinstance(part[key], (dict, list)) and key != "settings":
+                yield from places(part[key], (*at, key))
+
+    allowed = 0
+    for place in places(good):
+        for value in ("x", [], {}, [None], None, 7, -1, 0, 10**400, math.nan, math.inf, True, ...):
+            content = json.loads(json.dumps(good))
+            *above, last = place
+            part = content
+            for key in above:
+                part = part[key]
+            if value is ...:
+                part.pop(last)
+            else:
+                part[last] = value
+            path.write_text(json.dumps(content))
+            try:
+                runs = compare.read(path)["runs"]
+            except ValueError as error:
+                assert str(error).startswith(f"{path}: not a results file")
+            else:                                                 # it may stand, then: all that reads it must be able to
+                allowed += 1
+                for task in {run["task"] for run in runs}:
+                    scoreboard.table(runs, task)
+                claims.report(runs)
+                scoreboard.write_csv(runs, tmp_path / "r.csv")
+    assert allowed > 20
+    path.write_text(json.dumps(good | {"runs": [good["runs"][0]] * 2}))
+    with pytest.raises(ValueError, match="not a results file"):
+        compare.read(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="not a results file"):
+        compare.read(path)
+
+
+def test_what_is_refused_is_refused_before_the_first_run(tmp_path):
+    torch.manual_seed(0)
+    narrow = tmp_path / "narrow.safetensors"
+    ml.storage.save_model(ml.TinyGPT(ml.GPTConfig(context=64, width=8, layers=1, heads=2)), narrow)
+    with pytest.raises(ValueError, match="^adalora: .* rank 12 is above"):
+        compare.compare(one_line_tasks(), 1, tmp_path / "out", Settings(10, base=narrow), entries(), True, "", quietly)
+    assert not (tmp_path / "out").exists()
+    ml.storage.save_model(ml.TinyGPT(ml.GPTConfig(context=64, width=1, layers=1, heads=1)), narrow)
+    assert {entry.method for entry in at_budget(10**9, 100, narrow)} == set()
+
+
+def test_who_went_on_with_a_comparison_is_written_down(tmp_path, base):
+    run(tmp_path, base, lineup=[LORA], seeds=1)
+    for _ in range(2):
+        compare.compare(one_line_tasks(), 2, tmp_path, Settings(10, base=base), [LORA], True, "another command", quietly)
+    about = compare.read(tmp_path / "results.json")["about"]
+    assert [later["command"] for later in about["continued"]] == ["another command"] and about["continued"][0]["versions"] == about["versions"]
+
+
+def test_costs_of_a_method_whose_layers_share_are_the_mean_of_its_seeds():
+    runs = made_up("lora-drop", [1.0, 1.0, None])
+    for run, count in zip(runs, (60, 71, 0)):
+        run["costs"] = {"alive_bytes": 5} | ({"trainable_parameters": count} if count else {})
+    assert scoreboard.costs_of(runs, "t", Entry("lora-drop")) == {"alive_bytes": 5, "trainable_parameters": 65.5}
+    assert scoreboard.costs_of(runs[2:], "t", Entry("lora-drop")) == {"alive_bytes": 5}
+
+
 def searched(monkeypatch, tmp_path, score):
     """search() on made-up scores, given as score(lr, seed): what it chose and what it ran."""
     made, reported = [], data.voice()
@@ -382,7 +455,7 @@ def test_memory_is_all_bytes_of_the_other_over_ones_own():
 
 
 ARMS = {"lora_matches_full": ("lora r=1", "full"), "rank_saturates": ("lora", "lora r=64"), "rslora_high_rank": ("rslora r=64", "lora r=64"), "vera_matches": ("vera", "lora"),
-        "delta_lora_better": ("delta-lora", "lora"), "lora_drop_matches": ("lora-drop", "lora"), "adalora_better": ("adalora", "lora"), "qlora_matches": ("lora on nf4", "lora"),
+        "delta_lora_better": ("delta-lora", "lora"), "lora_drop_matches": ("lora-drop", "lora"), "adalora_better": ("adalora", "lora"), "adalora_as_many_trained": ("adalora r=5", "lora"), "qlora_matches": ("lora on nf4", "lora"),
         "dora_half_rank": ("dora r=4", "lora"), "loftq_better": ("loftq", "lora on nf4"), "learns_less": ("full", "lora")}
 
 
@@ -474,8 +547,11 @@ def test_bits_held_by_hand():
 
 def test_the_film_ends_at_the_target_and_follows_the_budget():
     film = capacity.film(steps=20, frames=3)
-    assert film["steps"] == [0, 10, 20] and len(film["names"]) == 24 and len(film["budget"]) == 20
+    assert film["steps"][0] == 0 and film["steps"][-1] == 20 and len(film["names"]) == 24 and len(film["budget"]) == 20
     assert sum(film["kept"][0]) == 24 * 12 and sum(film["kept"][-1]) == film["budget"][-1] == 24 * 8
+    five = capacity.film(steps=40, frames=5)
+    totals = [sum(kept) for kept in five["kept"]]
+    assert totals == sorted(totals, reverse=True) and len({*totals[:4]}) == 4 and totals[3] == totals[4]             # no two frames before the last are alike
     assert capacity.film(steps=20, frames=2)["kept"][-1] == film["kept"][-1]          # looking changes nothing, and the seed is all there is
     axes = plots.rank_film(film).axes
     assert len(axes) == 4
@@ -488,7 +564,7 @@ def test_the_curve_runs_nothing_twice(monkeypatch):
     records = capacity.curve(8, 2, 1, say=quietly, keep=kept.append)
     assert records == kept and [(r["method"], r["parameters"] > 0) for r in records] == [("lora", True), ("full", True)]
     assert capacity.curve(8, 2, 1, done=records, say=quietly, keep=kept.append) == records and len(kept) == 2
-    assert len(plots.capacity(records, capacity.BITS).axes) == 2
+    assert len(plots.capacity(records).axes) == 2
 
 
 # What is published

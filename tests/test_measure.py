@@ -159,6 +159,15 @@ def test_delta_lora_before_w_moves_is_lora_with_a_snapshot(dtype):
     assert ledger(gpt, 50)[-1].alive_bytes == lora.alive_bytes and ledger(gpt, 50)[-1].forward_flops == lora.forward_flops
 
 
+def test_a_tied_model_that_was_wholly_trained_is_weighed_once(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    gpt = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                                                                 tie_word_embeddings=True))
+    assert measure.disk_bytes(gpt) == measure.predicted_disk_bytes(gpt)
+    gpt.save_pretrained(tmp_path)                                 # theirs has another header, and the same numbers
+    assert abs(measure.disk_bytes(gpt) - (tmp_path / "model.safetensors").stat().st_size) < 6000
+
+
 def test_flops_are_torchs():
     linear, x = nn.Linear(20, 30), torch.randn(7, 20, requires_grad=True)
     assert flops(lambda: linear(x)) == (2 * 7 * 20 * 30, 4 * 7 * 20 * 30)
