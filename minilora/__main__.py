@@ -299,7 +299,7 @@ def run_cost(args: argparse.Namespace) -> int:
 
 
 COST_HEAD = ["layers", "in -> out", "count", "trained", "frozen", "weights", "gradients", "AdamW", "alive", "MFLOP forward", "backward"]
-COST_NOTE = ("Bytes alive and FLOPs are those of the adapted layers; layers that read one input keep it once, which is taken off in a line of its own. "
+COST_NOTE = ("Bytes alive and FLOPs are those of the adapted layers; layers that read one input keep it once, which is taken off in a line of its own.\n"
              "Weights count what stays beside an adapter too.")
 
 

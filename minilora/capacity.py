@@ -4,6 +4,8 @@ A fact gives a name one of 14 · 18 things, log2(252) = 7.98 bits that nothing e
 the right thing, asked in the words it was told in, says how many of them it holds:
 
     bits held = Σ over facts of 7.98 + log2 p(thing | "name has a ")         at most 7.98 a fact; none where it is negative in sum
+
+What is held after so many steps is not all that a rank could hold: small ranks go on learning when large ones have long had it all.
 """
 
 import json

@@ -256,7 +256,7 @@ def capacity(records: list[dict]) -> Figure:
     methods = [name for name in colors if any(record["method"] == name for record in records)]
     key = [Line2D([], [], color=BLUE, linestyle=dashes, marker=marker, label=f"{count} facts, {steps:,} steps")
            for (count, steps), marker, dashes in styles]
-    left.legend(handles=key, frameon=False, loc="lower right")
+    left.legend(handles=key, frameon=False, loc="center right")
     right.legend(handles=[Line2D([], [], color=colors[name], marker="o", linestyle="", label=name) for name in methods], frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.25)

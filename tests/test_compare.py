@@ -557,6 +557,16 @@ def test_the_film_ends_at_the_target_and_follows_the_budget():
     assert len(axes) == 4
 
 
+def test_the_picture_of_capacity_has_a_curve_for_each_number_of_facts_and_steps():
+    records = [{"method": method, "rank": rank, "count": count, "steps": steps, "seed": seed, "parameters": 100 * rank, "bits": 10.0 * rank + seed, "remembered": remembered / 10 + seed / 100}
+               for count, steps in ((128, 800), (512, 3200)) for method, rank, remembered in (("lora", 1, 2), ("lora", 2, 5), ("vera", 4, 9)) for seed in (0, 2)]
+    left, right = plots.capacity(records).axes
+    assert [list(line.get_ydata()) for line in left.lines] == [pytest.approx([21.0, 51.0])] * 2                 # the means
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["128 facts, 800 steps", "512 facts, 3,200 steps"]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == ["lora", "vera"]
+    assert sorted(y for dots in right.collections for _, y in dots.get_offsets())[0] == 0.1
+
+
 def test_the_curve_runs_nothing_twice(monkeypatch):
     monkeypatch.setattr(capacity, "RANKS", (1,))
     monkeypatch.setattr(capacity, "OTHERS", (("full", None),))
