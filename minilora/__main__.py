@@ -116,7 +116,7 @@ def parser() -> Parser:
     cost.add_argument("--rank", type=whole(1, 2**16), help="default: 8, VeRA 64")
     cost.add_argument("--targets", type=layer_names, help="comma-separated names of layers (default: all linear layers of the blocks)")
     cost.add_argument("--base", dest="base_type", choices=["fp32", "fp16", "nf4"], help="how the frozen weights are stored (default: fp16; the shipped base: fp32; nf4 where the method does so itself)")
-    cost.add_argument("--tokens", type=whole(1, 10**9), default=1024, help="in a batch, for bytes alive and FLOPs")
+    cost.add_argument("--tokens", type=whole(1), default=1024, help="in a batch, for bytes alive and FLOPs")
     cost.add_argument("--picture", type=Path, metavar="FILE", help="draw the bars of every method there (PNG)")
     cost.set_defaults(run=run_cost)
 
@@ -199,7 +199,7 @@ def run_compare(args: argparse.Namespace) -> int:
     settings = compare.Settings(args.steps or (40 if args.quick else 100), base=args.base)
     out, seeds = args.out or Path("runs/compare"), args.seeds or (1 if args.quick else 5)
     byte_base(args.base)
-    room(out)
+    made = room(out)
     budget = compare.at_budget(args.budget, settings.steps, args.base) if args.budget else []
     lineup = list(dict.fromkeys([*compare.entries(), *budget, *(claims.LINEUP if args.claims else ())]))
     command = " ".join(["python -m minilora", *(sys.argv[1:] if sys.argv[0].endswith("__main__.py") else ["compare"])])
@@ -208,6 +208,11 @@ def run_compare(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; the finished runs are in {out}. The same command goes on from there.", file=sys.stderr)
         return 130
+    except ValueError:
+        for folder in made:                               # refused before the first run: no empty folder stays
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        raise
     runs = [run for run in runs if run["task"] in tasks and run["seed"] < seeds]        # an earlier call may have made more
     write_comparison(runs, out)
     for task in tasks:

@@ -158,7 +158,7 @@ def quality(points: dict[str, list[tuple[str, str, int, Interval]]]) -> Figure:
     for name, _, parameters, _ in (entry for entries in points.values() for entry in entries):
         counts.setdefault(name, []).append(parameters)
     rows = sorted(counts, key=lambda name: -max(counts[name]))
-    labels = [f"{name}   {'–'.join(f'{count:,}' for count in sorted({min(counts[name]), max(counts[name])}))}" for name in rows]
+    labels = [f"{name}   {'–'.join(f'{count:,.0f}' for count in sorted({min(counts[name]), max(counts[name])}))}" for name in rows]
     figure = Figure(figsize=(3.0 * len(points) + 2.6, 0.27 * len(rows) + 1.4), layout="constrained")
     panels = list(figure.subplots(1, len(points), squeeze=False, sharey=True)[0])
     for axes, (task, entries) in zip(panels, points.items()):

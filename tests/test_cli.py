@@ -352,6 +352,13 @@ def test_a_base_of_other_symbols_than_bytes_is_refused(tmp_path, capsys):
         assert "a base of 100 symbols" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_a_comparison_that_is_refused_leaves_no_folder(tmp_path, capsys):
+    ml.storage.save_model(ml.TinyGPT(ml.GPTConfig(context=64, width=8, layers=1, heads=2)), tmp_path / "narrow.safetensors")
+    assert main(["compare", "--quick", "--base", str(tmp_path / "narrow.safetensors"), "--out", str(tmp_path / "a" / "b")]) == 2
+    assert "adalora: " in capsys.readouterr().err
+    assert files(tmp_path) == ["narrow.safetensors"]
+
+
 def test_a_folder_that_takes_no_files_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
     def refuse(*_, **__):
         raise OSError(30, "Read-only file system")

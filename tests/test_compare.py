@@ -506,7 +506,7 @@ def test_one_run_that_diverged_spoils_no_other_row():
 
 
 def test_pictures_and_csv_show_every_entry(tmp_path):
-    points = {"voice": [("lora", "fp32", 1000, (1.0, 0.9, 1.1)), ("vera", "nf4", 100, (1.4, 1.3, 1.5)), ("full", "fp32", 9000, (0.5,) * 3)]}
+    points = {"voice": [("lora", "fp32", 1000.0, (1.0, 0.9, 1.1)), ("vera", "nf4", 100, (1.4, 1.3, 1.5)), ("full", "fp32", 9000, (0.5,) * 3)]}
     axes = plots.quality(points).axes[0]
     assert [label.get_text().split() for label in axes.get_yticklabels()] == [["full", "9,000"], ["lora", "1,000"], ["vera", "100"]]
     assert [list(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-"] == [[0.9, 1.1], [1.3, 1.5], [0.5, 0.5]]
