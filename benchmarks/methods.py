@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import minilora as ml
-from minilora.measure import bytes_alive
+from minilora.evidence.ledger import bytes_alive
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 METHODS = {

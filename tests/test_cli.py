@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import minilora as ml
-from minilora import capacity, claims, compare
+from minilora.evidence import capacity, claims, compare
 from minilora.__main__ import main
 from minilora.methods import METHODS
 from minilora.storage import save_model

@@ -13,10 +13,11 @@ import torch
 from matplotlib.text import Text
 
 import minilora as ml
-from minilora import capacity, claims, compare, data, plots, scoreboard
-from minilora.claims import judge, speed, verdict
-from minilora.compare import Entry, Results, Settings, at_budget, entries
-from minilora.scoreboard import bootstrap, paired, score_of
+from minilora import data, plots
+from minilora.evidence import capacity, claims, compare, scoreboard
+from minilora.evidence.claims import judge, speed, verdict
+from minilora.evidence.compare import Entry, Results, Settings, at_budget, entries
+from minilora.evidence.scoreboard import bootstrap, paired, score_of
 
 LORA, VERA = Entry("lora"), Entry("vera")
 
@@ -138,7 +139,8 @@ def test_a_comparison_that_was_killed_goes_on_where_it_was(tmp_path, base):
     code = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
 from pathlib import Path
-from minilora import compare, data
+from minilora import data
+from minilora.evidence import compare
 compare.compare({{"voice": data.voice()}}, 2, Path({str(tmp_path / "killed")!r}), compare.Settings(10, base=Path({str(base)!r})), [compare.Entry("lora"), compare.Entry("vera")], True, "test")
 """
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import minilora as ml
-from minilora.measure import extrapolated, ledger, predicted
-from minilora.shapes import KNOWN, from_config, shape
+from minilora.evidence.formulas import extrapolated
+from minilora.evidence.ledger import ledger, predicted
+from minilora.evidence.shapes import KNOWN, from_config, shape
 
 transformers = pytest.importorskip("transformers")
 SMALL = {"vocab_size": 100, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 import minilora as ml
-from minilora.measure import bytes_alive
+from minilora.evidence.ledger import bytes_alive
 
 TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 NAMES = {                                                                # ours: PEFT's, for each adapted layer

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import minilora as ml
-from minilora import measure
-from minilora.measure import Line, bytes_alive, flops, ledger, predicted
+from minilora.evidence.formulas import Line, nf4_bytes
+from minilora.evidence.ledger import bytes_alive, disk_bytes, flops, ledger, predicted, predicted_disk_bytes, readers
 
 METHODS = {
     "full": ml.FullFineTuning(), "LoRA": ml.LoRA(3), "rsLoRA": ml.LoRA(3, rslora=True), "LoRA+": ml.LoRAPlus(3), "LoRA-FA": ml.LoRAFA(3),
@@ -65,7 +65,7 @@ def test_what_is_on_disk_is_predicted_to_the_byte(name, base):
     """Trained first, so that AdaLoRA has cut, Delta-LoRA has begun and LoRA-drop has chosen."""
     gpt = adapted(name, base, train=True)
     assert bool(dict(ml.adapters(gpt))) == (name != "full")
-    assert measure.disk_bytes(gpt) == measure.predicted_disk_bytes(gpt)
+    assert disk_bytes(gpt) == predicted_disk_bytes(gpt)
 
 
 def test_layers_that_read_one_input_keep_it_once():
@@ -76,7 +76,7 @@ def test_layers_that_read_one_input_keep_it_once():
         *lines, shared, rest, total = ledger(gpt, 50, lambda: gpt(ids))
         assert shared == Line("shared inputs", alive_bytes=expected), name
         assert total.alive_bytes == sum(line.alive_bytes for line in lines) + expected and ledger(gpt, 50) == [*lines, rest, replace(total, alive_bytes=total.alive_bytes - expected)]
-    assert sorted(map(len, measure.readers(gpt, lambda: gpt(ids)))) == [1, 1, 1, 1, 1, 1, 3, 3]
+    assert sorted(map(len, readers(gpt, lambda: gpt(ids)))) == [1, 1, 1, 1, 1, 1, 3, 3]
 
 
 def test_the_sum_of_bytes_alive_is_what_training_holds():
@@ -163,9 +163,9 @@ def test_a_tied_model_that_was_wholly_trained_is_weighed_once(tmp_path):
     transformers = pytest.importorskip("transformers")
     gpt = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
                                                                  tie_word_embeddings=True))
-    assert measure.disk_bytes(gpt) == measure.predicted_disk_bytes(gpt)
+    assert disk_bytes(gpt) == predicted_disk_bytes(gpt)
     gpt.save_pretrained(tmp_path)                                 # theirs has another header, and the same numbers
-    assert abs(measure.disk_bytes(gpt) - (tmp_path / "model.safetensors").stat().st_size) < 6000
+    assert abs(disk_bytes(gpt) - (tmp_path / "model.safetensors").stat().st_size) < 6000
 
 
 def test_flops_are_torchs():
@@ -177,9 +177,9 @@ def test_flops_are_torchs():
 @pytest.mark.parametrize("shape", [(3, 5), (8, 8), (7, 130), (64, 300)])
 def test_four_bit_bytes_of_any_shape(shape, double):
     """An odd number of weights, blocks that are not full, more blocks than one scale of scales serves."""
-    assert measure.nf4_bytes(*shape, double=double) == ml.quantize_nf4(torch.randn(shape), double=double).nbytes
+    assert nf4_bytes(*shape, double=double) == ml.quantize_nf4(torch.randn(shape), double=double).nbytes
 
 
 def test_delta_lora_on_disk_before_w_moves_is_lora():
     gpt = ml.adapt(model(), ml.DeltaLoRA(3, start_step=5))
-    assert measure.disk_bytes(gpt) == measure.predicted_disk_bytes(gpt)
+    assert disk_bytes(gpt) == predicted_disk_bytes(gpt)

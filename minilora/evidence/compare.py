@@ -28,7 +28,8 @@ import torch
 from minilora import data, storage
 from minilora.adapter import adapt, find_targets
 from minilora.gpt import TinyGPT, load_base
-from minilora.measure import COSTS, bytes_alive, disk_bytes, ledger
+from minilora.evidence.formulas import COSTS
+from minilora.evidence.ledger import bytes_alive, disk_bytes, ledger
 from minilora.methods import METHODS, RATES, make_method
 from minilora.quant.linear import quantize
 from minilora.training import answer_loss, exact_match, finetune, held_out_loss, next_byte_loss

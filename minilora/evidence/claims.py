@@ -19,10 +19,11 @@ import torch
 from torch import nn
 
 from minilora.adapter import adapt, merge
-from minilora.compare import Entry
-from minilora.measure import flops, nf4_bytes
+from minilora.evidence.compare import Entry
+from minilora.evidence.formulas import nf4_bytes
+from minilora.evidence.ledger import flops
 from minilora.methods import make_method
-from minilora.scoreboard import bootstrap, interval, of, paired, score_of
+from minilora.evidence.scoreboard import bootstrap, interval, of, paired, score_of
 
 MARGIN = 0.05           # bits per byte: about a tenth of what is left after fine-tuning on the task voice
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from minilora import storage
-from minilora.compare import Entry
+from minilora.evidence.compare import Entry
 
 FEWEST = 5                                                      # seeds that an interval can be told from
 
