@@ -1,0 +1,199 @@
+"""The pages say only what is true now: links lead somewhere, commands parse, snippets run, tables are what the published runs say."""
+
+import contextlib
+import io
+import re
+import shlex
+import statistics
+from pathlib import Path
+
+import pytest
+
+import lessons
+import minilora as ml
+from minilora.__main__ import parser
+from minilora.evidence import capacity, claims, compare, scoreboard
+from minilora.evidence.compare import Entry
+
+ROOT = Path(lessons.__file__).parent.parent
+FRONT = [ROOT / "README.md", ROOT / "README.zh.md"]
+RESULTS = ROOT / "lessons" / "results.md"
+PAGES = [*FRONT, *sorted((ROOT / "lessons").rglob("*.md"))]
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
+TASKS = ("voice", "facts", "sums")
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+each_front = pytest.mark.parametrize("page", FRONT, ids=[page.name for page in FRONT])
+
+
+def prose(page: Path) -> str:
+    """The page without its code: what only looks like a link there is none."""
+    return re.sub(r"^```.*?^```|^    .*?$|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def one_line(page: Path) -> str:
+    return " ".join(page.read_text(encoding="utf-8").split())
+
+
+def code(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def commands(page: Path) -> list[str]:
+    """The lines that a reader is to type in a terminal, without their comments; of inline ones those of this package."""
+    text = page.read_text(encoding="utf-8")
+    lines = re.findall(r"^    ((?:\.venv/bin/|python |make ).*)$", text, flags=re.M) + re.findall(r"`(python -m minilora [^`]+|make \w+)`", text)
+    return [line.partition("  #")[0].rstrip() for line in lines]
+
+
+def rows(page: Path, first: str) -> list[list[str]]:
+    """The cells of the one table whose heading begins so, without heading and rule."""
+    tables = re.findall(r"(?:^\|.*\n)+", page.read_text(encoding="utf-8") + "\n", flags=re.M)
+    found = [[[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()] for table in tables if table.startswith(first)]
+    assert len(found) == 1, f"{page.name} has {len(found)} tables that begin with {first}"
+    return found[0][2:]
+
+
+@each_page
+def test_links_and_pictures_are_there_and_pictures_have_words(page):
+    for picture, words, target in LINK.findall(prose(page)):
+        if not re.match(r"https?://|#", target):
+            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} points to {target}"
+        assert not picture or len(words) >= 20, f"{target} in {page.name} needs an alt text that says what is to be seen, not {words!r}"
+
+
+@each_front
+def test_the_front_page_is_short(page):
+    text = page.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 80 and 1 <= sum(picture == "!" for picture, _, _ in LINK.findall(text)) <= 3
+    assert max(map(len, text.splitlines())) <= 155
+
+
+@each_page
+def test_commands_parse(page):
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)[1].split()
+    for line in commands(page):
+        program, *words = shlex.split(line)
+        if program == "make":
+            assert words[0] in targets, line
+            if words[1:]:
+                parser().parse_args(["compare", "--quick", *shlex.split(words[1].removeprefix("OPTIONS="))])
+        elif words[:2] == ["-m", "minilora"]:
+            parser().parse_args(words[2:])
+        else:
+            assert any((ROOT / word).exists() for word in words), line
+
+
+def test_both_front_pages_show_the_same_code_commands_and_links():
+    def shown(page):
+        plain = [re.sub(r" *# .*", "", block) for block in code(page, "python")]
+        targets = {target for _, _, target in LINK.findall(page.read_text(encoding="utf-8"))} - {other.name for other in FRONT}
+        return plain, code(page, "text"), commands(page), targets
+
+    english, chinese = map(shown, FRONT)
+    assert english == chinese
+
+
+@each_front
+def test_the_exercise_gets_the_verdict_that_is_shown_and_its_cure_solves_it(page):
+    answer = code(page, "python")[0]
+    assert printed(answer) == code(page, "text")[0]
+    cured = answer.replace("alpha / rank * (x @ (B @ A).T)", "alpha / rank * (x @ A.T @ B.T)")
+    assert "`x @ A.T @ B.T`" in page.read_text(encoding="utf-8") and f"`{printed(cured).strip()}`" in page.read_text(encoding="utf-8")
+
+
+def printed(source: str) -> str:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(source, {})
+    return said.getvalue()
+
+
+@each_front
+def test_the_package_snippet_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my.txt").write_text("It was a dark and stormy night. " * 80)
+    names = {}
+    exec(code(page, "python")[1].replace("steps=200", "steps=2"), names)
+    assert not list(ml.adapters(names["model"])) and list(ml.adapters(ml.load_adapter(ml.load_base(), "mine")))
+
+
+@each_front
+def test_the_lessons_table_has_every_lesson_with_the_minutes_of_its_exercises(page):
+    listed = {re.search(r"lessons/(\w+)/README\.md", row[0])[1]: row for row in rows(page, "| | ")}
+    assert list(listed) == list(lessons.exercises())
+    for lesson, (number, question, notebook, minutes) in listed.items():
+        own = ROOT / "lessons" / lesson / "README.md"
+        heading, *names = next(line for line in own.read_text(encoding="utf-8").splitlines() if line.startswith("|") and "minutes" in line).strip("| ").split("|")
+        column = [name.strip() for name in [heading, *names]].index("minutes") - len(names) - 1          # counted from the right
+        each = [int(line.strip().strip("|").split("|")[column]) for line in own.read_text(encoding="utf-8").splitlines()
+                if any(f"| `{name}` |" in line for name in lessons.exercises()[lesson])]
+        assert len(each) == len(lessons.exercises()[lesson]) and int(minutes) == sum(each), f"{lesson}: {sum(each)} minutes"
+        assert f"[{lesson[:2]}]" in number and f"notebooks/{lesson}.ipynb" in notebook
+        assert page.name != "README.md" or question in own.read_text(encoding="utf-8").splitlines()[0]
+
+
+# results.md
+
+RUNS = compare.read(compare.PUBLISHED)["runs"]
+ENTRIES = {
+    "full": Entry("full"), "LoRA, rank 64": Entry("lora", rank=64), "rsLoRA, rank 64": Entry("rslora", rank=64), "AdaLoRA, 12 to 8": Entry("adalora"),
+    "DoRA": Entry("dora"), "LoRA": Entry("lora"), "LoRA+": Entry("lora-plus"), "Delta-LoRA": Entry("delta-lora"), "rsLoRA": Entry("rslora"),
+    "PiSSA": Entry("pissa"), "LoRA-FA, rank 16": Entry("lora-fa", rank=16), "LoRA-drop": Entry("lora-drop"), "LoRA, rank 1": Entry("lora", rank=1),
+    "VeRA, rank 64": Entry("vera"), "LoRA, 4-bit base": Entry("lora", "nf4"), "QLoRA": Entry("qlora", "nf4"), "LoftQ": Entry("loftq", "nf4"),
+    "QPiSSA": Entry("qpissa", "nf4"),
+}
+
+
+def test_the_table_of_methods_is_what_the_published_runs_say():
+    def mean(entry, task, score):
+        return statistics.fmean(scoreboard.score_of(RUNS, task, entry, score).values())
+
+    table = rows(RESULTS, "| method |")
+    assert [row[0] for row in table] == list(ENTRIES)
+    for name, *cells in table:
+        entry = ENTRIES[name]
+        trained = [f"{scoreboard.costs_of(RUNS, task, entry)['trainable_parameters']:,.0f}" for task in TASKS]
+        least, most = min(trained, key=lambda n: int(n.replace(",", ""))), max(trained, key=lambda n: int(n.replace(",", "")))
+        assert cells == [least if least == most else f"{least} to {most}", *(f"{mean(entry, task, 'bits_per_byte'):.3f}" for task in TASKS),
+                         *(f"{mean(entry, task, 'forgotten'):.1f}" for task in TASKS)], name
+
+
+def test_the_verdicts_and_their_counts_are_what_the_claims_say():
+    short = {"shown": "shown", "contradicted": "contradicted", "not shown at this scale": "not shown"}
+    found = {claim: [short[claims.judge(claim, RUNS, task)[3]] for task in TASKS] for claim in claims.CLAIMS}
+    assert rows(RESULTS, "| claim |") == [[claim.headline, *verdicts] for claim, verdicts in found.items() if not claim.exact]
+    counted = [verdict for claim, verdicts in found.items() for verdict in verdicts[:1 if claim.exact else None]]
+    text, count = one_line(RESULTS), counted.count
+    assert f'Of {len(counted)} verdicts, {count("shown")} are "shown", {count("contradicted")} "contradicted" and {count("not shown")} "not shown".' in text
+    exact = [claim for claim in claims.CLAIMS if claim.exact]
+    assert len(exact) == 4 and all(found[claim][0] == "shown" for claim in exact) and "Four more are settled by counting, and all four are shown" in text
+    assert f"of {3 * (len(found) - len(exact))} intervals" in text
+
+
+def test_figures_in_the_text_are_those_of_the_published_runs():
+    text, content = one_line(RESULTS), compare.read(compare.PUBLISHED)
+    search, about = content["search"], content["about"]
+    assert f"{len(RUNS) + len(search):,}, of which {len(search)} only to find the rates" in text and about["command"] in text
+    assert all(f"{len(RUNS) + len(search):,}" in page.read_text(encoding="utf-8") for page in FRONT)
+
+    def interval(one, other):
+        mean, low, high = scoreboard.bootstrap(claims.better(one, other)(RUNS, "voice"))
+        return scoreboard.interval(round(mean, 3) + 0.0, low, high).replace("-", "−")       # + 0.0: no minus before a zero
+
+    assert interval(Entry("lora", "nf4"), Entry("lora")) in text and interval(Entry("rslora", rank=64), Entry("full")) in text
+    behind = statistics.fmean(claims.better(Entry("full"), Entry("lora"))(RUNS, "voice"))
+    assert f"by {behind:.2f} bits per byte" in text
+    dropped = [1 - scoreboard.costs_of(RUNS, task, Entry("lora-drop"))["trainable_parameters"] / 73_728 for task in TASKS]
+    assert "dropped {:.0f}, {:.0f} and {:.0f} %".format(*(100 * share for share in dropped)) in text
+    asked = [len(compare.TASKS[task]().questions) for task in TASKS[1:]]
+    assert "Facts asks {} questions and sums {}".format(*asked) in text
+
+
+def test_what_rank_buys_is_what_the_records_say():
+    records = capacity.read(ROOT / "benchmarks" / "capacity.json")
+    for count, steps, *cells in rows(RESULTS, "| facts | steps |"):
+        here = [record for record in records if record["method"] == "lora" and [f"{record['count']:,}", f"{record['steps']:,}"] == [count, steps]]
+        for rank, cell in zip((1, 2, 4, 8), cells, strict=True):
+            remembered = [record["remembered"] for record in here if record["rank"] == rank]
+            assert cell == (f"{100 * statistics.fmean(remembered):.1f}" if remembered else "") and len(remembered) in (0, 3), (count, steps, rank)
