@@ -11,8 +11,9 @@ lab: .venv/ready
 	$(BIN)/jupyter lab --ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root) \
 		--LabApp.default_url="/lab/tree/README.md" $(LAB_OPTIONS)
 
+# Two workers; tests/conftest.py gives each torch one thread, or they would wait for each other. What takes longest begins first.
 test: .venv/peers
-	$(BIN)/python -m pytest tests notebooks --nbval-lax -q --durations=8
+	$(BIN)/python -m pytest notebooks tests --nbval-lax -q -n 2 --dist loadfile --no-loadscope-reorder --durations=8
 
 demo: .venv/ready
 	$(BIN)/python -m minilora finetune --text minilora/data.py --steps 150 --out runs/demo --force

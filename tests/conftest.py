@@ -1,9 +1,15 @@
-"""Small things that several test files need."""
+"""Small things that several test files need, and one thread for torch: here, and in every process and notebook that a test starts."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"       # before torch is imported
 
 import pytest
 import torch
 
 import minilora as ml
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture
