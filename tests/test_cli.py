@@ -11,8 +11,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import minilora as ml
+from minilora import plots
 from minilora.evidence import capacity, claims, compare
 from minilora.__main__ import main
 from minilora.methods import METHODS
@@ -38,14 +40,20 @@ def text(tmp_path):
 
 @pytest.fixture
 def finetune(tmp_path, base, text, capsys):
-    """finetune(--flag, value, …) -> (exit code, stdout, stderr, DIR), in process, on the small base."""
+    """finetune(--flag, value, …) -> (exit code, stdout, stderr, DIR), in process, on the small base. Its samples and its picture take
+    longer than its six steps, so they are small unless `whole`."""
+    generate = ml.TinyGPT.generate
 
-    def run(*flags, out=tmp_path / "out", source=("--text", text)):
+    def run(*flags, out=tmp_path / "out", source=("--text", text), whole=False):
         words = ["finetune", *source, "--base", base, "--rank", "2", "--steps", "6", "--out", str(out), *flags]
-        try:
-            code = main(words)
-        except SystemExit as stop:
-            code = stop.code
+        with pytest.MonkeyPatch.context() as patch:
+            if not whole:
+                patch.setattr(ml.TinyGPT, "generate", lambda self, prompt, max_new, *rest, **named: generate(self, prompt, 9, *rest, **named))
+                patch.setattr(plots, "loss_curve", lambda *_: Figure(figsize=(1, 1)))
+            try:
+                code = main(words)
+            except SystemExit as stop:
+                code = stop.code
         captured = capsys.readouterr()
         return code, captured.out, captured.err, out
 
@@ -60,7 +68,7 @@ FINISHED = ["adapter_config.json", "adapter_model.safetensors", "history.json", 
 
 
 def test_a_run_shows_what_changed_and_writes_four_files(finetune):
-    code, out, err, folder = finetune()
+    code, out, err, folder = finetune(whole=True)
     assert code == 0 and files(folder) == FINISHED
     for said in ("before:", "after:", "bits per byte", "forgotten:", "parameters trained", "of them seen in training"):
         assert said in out
@@ -133,7 +141,7 @@ def test_every_method_trains_stops_goes_on_speaks_and_merges(finetune, method, b
 @pytest.mark.parametrize("spelled, method", [("LoRA+", "lora-plus"), ("loraplus", "lora-plus"), ("lora_fa", "lora-fa"), ("DoRA", "dora"), ("Delta-LoRA", "delta-lora"),
                                              ("rsLoRA", "rslora"), ("LoRA-drop", "lora-drop"), ("AdaLoRA", "adalora"), ("VeRA", "vera"), ("PiSSA", "pissa")])
 def test_a_method_is_known_however_it_is_spelled(finetune, spelled, method):
-    code, _, _, folder = finetune("--method", spelled)
+    code, _, _, folder = finetune("--method", spelled, "--steps", "1")
     assert code == 0 and json.loads((folder / "history.json").read_text())["method"] == method
 
 
