@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
+from functools import cache
 from random import Random
 
 import numpy as np
@@ -22,11 +24,26 @@ from minilora.evidence.scoreboard import bootstrap, paired, score_of
 LORA, VERA = Entry("lora"), Entry("vera")
 
 
-@pytest.fixture
-def base(tmp_path):
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
     torch.manual_seed(0)
-    ml.storage.save_model(ml.TinyGPT(ml.GPTConfig(context=64, width=32, layers=2, heads=2)), tmp_path / "base.safetensors")
-    return tmp_path / "base.safetensors"
+    path = tmp_path_factory.mktemp("base") / "base.safetensors"
+    ml.storage.save_model(ml.TinyGPT(ml.GPTConfig(context=64, width=16, layers=2, heads=2)), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, base):
+    """The folder of a comparison that was made once: LoRA and VeRA, two seeds. Who goes on with it takes a copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(folder, base)
+    return folder
+
+
+@cache
+def trained(entry):
+    """The number of trainable parameters, from the adapted model itself."""
+    return ml.trainable_parameters(entry.adapted(100))
 
 
 def quietly(*_):
@@ -99,23 +116,23 @@ def test_a_budget_is_met_within_a_tenth_or_the_method_stays_out():
     found = at_budget(73_728, 40)
     assert Entry("lora") in found and Entry("lora-fa", rank=16) in found and not any(entry.method in ("full", "vera") for entry in found)
     for entry in found:
-        assert abs(ml.trainable_parameters(entry.adapted(40)) - 73_728) <= 7_373
+        assert abs(trained(entry) - 73_728) <= 7_373
     assert Entry("vera", rank=192) in at_budget(9_216, 40) and at_budget(10, 40) == []
 
 
 def run(out, base, lineup=(LORA, VERA), seeds=2, quick=True, **settings):
-    return compare.compare(one_line_tasks(), seeds, out, Settings(10, base=base, **settings), list(lineup), quick, "test", quietly)
+    return compare.compare(one_line_tasks(), seeds, out, Settings(10, 4, base, **settings), list(lineup), quick, "test", quietly)
 
 
-def test_a_record_says_what_was_run_and_what_it_cost(tmp_path, base):
-    results = run(tmp_path / "out", base)
+def test_a_record_says_what_was_run_and_what_it_cost(tmp_path, base, finished):
+    results = run(shutil.copytree(finished, tmp_path / "out"), base)
     runs = results.content["runs"]
     assert [(r["method"], r["seed"]) for r in runs] == [("lora", 0), ("lora", 1), ("vera", 0), ("vera", 1)]
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results.content
     one, model = runs[1], Entry("lora").model(base)
     method = ml.LoRA(8)
     before = compare.bits(model, data.world())
-    ml.finetune(model, method, data.voice().batches(16, 64, 1), 10, one["lr"], 1, warmup=1, schedule="linear", progress=False)
+    ml.finetune(model, method, data.voice().batches(4, 64, 1), 10, one["lr"], 1, warmup=1, schedule="linear", progress=False)
     assert one["scores"]["bits_per_byte"] == compare.bits(model, data.voice())
     assert one["scores"]["forgotten"] == compare.bits(model, data.world()) - before
     assert one["costs"]["trainable_parameters"] == ml.trainable_parameters(model)
@@ -123,36 +140,35 @@ def test_a_record_says_what_was_run_and_what_it_cost(tmp_path, base):
     assert runs[0]["lr"] == runs[1]["lr"] and set(results.content["about"]["versions"]) == {"python", "torch", "numpy"}
 
 
-def test_no_run_is_ever_made_twice(tmp_path, base, monkeypatch):
-    first = run(tmp_path, base, seeds=1)
-    made = []
+def test_no_run_is_ever_made_twice(tmp_path, base, finished, monkeypatch):
+    folder, first, made = shutil.copytree(finished, tmp_path / "out"), compare.read(finished / "results.json"), []
     train = Settings.run
     monkeypatch.setattr(Settings, "run", lambda self, entry, task, lr, seed: made.append((entry, seed)) or train(self, entry, task, lr, seed))
-    again = run(tmp_path, base, seeds=1)
-    assert made == [] and again.content["runs"] == first.content["runs"]
-    run(tmp_path, base, seeds=2)
-    assert made == [(LORA, 1), (VERA, 1)]
+    again = run(folder, base, seeds=2)
+    assert made == [] and again.content["runs"] == first["runs"]
+    run(folder, base, seeds=3)
+    assert made == [(LORA, 2), (VERA, 2)]
 
 
-def test_a_comparison_that_was_killed_goes_on_where_it_was(tmp_path, base):
+def test_a_comparison_that_was_killed_goes_on_where_it_was(tmp_path, base, finished):
     """Killed by SIGKILL between its runs and in them; what is left is whole and the end is the same."""
     code = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
 from pathlib import Path
 from minilora import data
 from minilora.evidence import compare
-compare.compare({{"voice": data.voice()}}, 2, Path({str(tmp_path / "killed")!r}), compare.Settings(10, base=Path({str(base)!r})), [compare.Entry("lora"), compare.Entry("vera")], True, "test")
+compare.compare({{"voice": data.voice()}}, 2, Path({str(tmp_path / "killed")!r}), compare.Settings(10, 4, Path({str(base)!r})), [compare.Entry("lora"), compare.Entry("vera")], True, "test")
 """
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     child.stdout.readline()                                        # one run is finished
-    time.sleep(0.3)
+    time.sleep(0.05)
     child.kill()
     child.wait()
     left = compare.read(tmp_path / "killed" / "results.json")["runs"]
     assert 1 <= len(left) <= 4
-    resumed, straight = run(tmp_path / "killed", base), run(tmp_path / "straight", base)
+    resumed, straight = run(tmp_path / "killed", base), compare.read(finished / "results.json")
     assert resumed.content["runs"][:len(left)] == left
-    assert [r["scores"] for r in resumed.content["runs"]] == [r["scores"] for r in straight.content["runs"]]
+    assert [r["scores"] for r in resumed.content["runs"]] == [r["scores"] for r in straight["runs"]]
 
 
 def test_two_comparisons_in_one_place_do_not_erase_each_other(tmp_path, base):
@@ -210,15 +226,15 @@ def test_settings_and_files_that_do_not_fit_are_refused(tmp_path, base):
     run(tmp_path, base, lineup=[LORA], seeds=1)
     before = (tmp_path / "results.json").read_bytes()
     with pytest.raises(ValueError, match="a comparison with other settings"):
-        compare.compare(one_line_tasks(), 1, tmp_path, Settings(11, base=base), [LORA], True, "", quietly)
+        compare.compare(one_line_tasks(), 1, tmp_path, Settings(11, 4, base), [LORA], True, "", quietly)
     assert (tmp_path / "results.json").read_bytes() == before
     torch.manual_seed(1)
     other = base.with_name("other.safetensors")
-    ml.storage.save_model(ml.TinyGPT(ml.GPTConfig(context=64, width=32, layers=2, heads=2)), other)
+    ml.storage.save_model(ml.TinyGPT(ml.GPTConfig(context=64, width=16, layers=2, heads=2)), other)
     with pytest.raises(ValueError, match="a comparison with other settings"):                  # another base
         run(tmp_path, other, lineup=[LORA], seeds=1)
     with pytest.raises(ValueError, match="runs on other data named 'voice'"):                   # another text of the same name
-        compare.compare({"voice": data.world()}, 1, tmp_path, Settings(10, base=base), [LORA], True, "", quietly)
+        compare.compare({"voice": data.world()}, 1, tmp_path, Settings(10, 4, base), [LORA], True, "", quietly)
     assert (tmp_path / "results.json").read_bytes() == before
     for content in ("{}", "[]", "", "{\"about\": 1", "7"):
         (tmp_path / "results.json").write_text(content)
@@ -286,7 +302,7 @@ def test_what_is_refused_is_refused_before_the_first_run(tmp_path):
 def test_who_went_on_with_a_comparison_is_written_down(tmp_path, base):
     run(tmp_path, base, lineup=[LORA], seeds=1)
     for _ in range(2):
-        compare.compare(one_line_tasks(), 2, tmp_path, Settings(10, base=base), [LORA], True, "another command", quietly)
+        compare.compare(one_line_tasks(), 2, tmp_path, Settings(10, 4, base), [LORA], True, "another command", quietly)
     about = compare.read(tmp_path / "results.json")["about"]
     assert [later["command"] for later in about["continued"]] == ["another command"] and about["continued"][0]["versions"] == about["versions"]
 
@@ -547,7 +563,12 @@ def test_bits_held_by_hand():
     assert 1 < held < capacity.BITS - 1 and capacity.bits_held(model, [fact]) == pytest.approx(held, abs=1e-3)
 
 
-def test_the_film_ends_at_the_target_and_follows_the_budget():
+def test_the_film_ends_at_the_target_and_follows_the_budget(monkeypatch):
+    def small():
+        torch.manual_seed(0)
+        return ml.TinyGPT(ml.GPTConfig(context=64, width=16, layers=4, heads=2))
+
+    monkeypatch.setattr(capacity, "load_base", small)
     film = capacity.film(steps=20, frames=3)
     assert film["steps"][0] == 0 and film["steps"][-1] == 20 and len(film["names"]) == 24 and len(film["budget"]) == 20
     assert sum(film["kept"][0]) == 24 * 12 and sum(film["kept"][-1]) == film["budget"][-1] == 24 * 8
@@ -604,7 +625,7 @@ def test_the_published_fight_is_whole():
         for entry in lineup:
             assert sorted(score_of(published["runs"], name, entry)) == [0, 1, 2, 3, 4]
     assert published["about"]["command"].startswith("python -m minilora compare --task voice,facts,sums --seeds 5 ") and published["about"]["versions"]
-    parameters = {entry: ml.trainable_parameters(entry.adapted(100)) for entry in lineup if entry.method != "lora-drop"}       # there the data decide
+    parameters = {entry: trained(entry) for entry in lineup if entry.method != "lora-drop"}       # there the data decide
     for run in published["runs"]:
         entry = Entry(run["method"], run["base"], run["rank"])
         assert run["scores"]["bits_per_byte"] is not None and ("exact_match" in run["scores"]) == (run["task"] != "voice")
