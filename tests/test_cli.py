@@ -190,8 +190,8 @@ def test_a_kill_while_the_first_checkpoint_was_written_blocks_nothing(finetune, 
     assert code == 0 and files(folder) == FINISHED
 
 
-def start(base, text, out, *flags):
-    words = [sys.executable, "-m", "minilora", "finetune", "--text", text, "--base", base, "--rank", "2", "--steps", "400", "--out", str(out), *flags]
+def start(base, text, out):
+    words = [sys.executable, "-m", "minilora", "finetune", "--text", text, "--base", base, "--rank", "2", "--steps", "400", "--out", str(out)]
     # a shell's background job would start with Ctrl-C ignored
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
@@ -206,10 +206,10 @@ def wait_for(path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
-def test_ctrl_c_then_a_kill_then_the_same_command_ends_as_if_nothing_had_happened(base, text, tmp_path):
+def test_ctrl_c_then_a_kill_then_the_same_command_ends_as_if_nothing_had_happened(base, text, tmp_path, finetune):
+    """What is stopped is a process of its own; what is not, runs here."""
     straight, out = tmp_path / "straight", tmp_path / "out"
-    whole = start(base, text, straight)
-    assert whole.wait() == 0
+    assert finetune("--steps", "400", out=straight)[0] == 0
 
     first = start(base, text, out)
     wait_for(out / "checkpoint.pt")
@@ -218,20 +218,18 @@ def test_ctrl_c_then_a_kill_then_the_same_command_ends_as_if_nothing_had_happene
     assert first.returncode == 130 and "The same command goes on from there" in err and "Traceback" not in err
     assert files(out) == ["checkpoint.pt"]
 
-    second = start(base, text, out, "--lr", "0.1")
-    out_text, err = second.communicate()
-    assert second.returncode == 2 and "whose lr was" in err and files(out) == ["checkpoint.pt"]
+    code, _, err, _ = finetune("--steps", "400", "--lr", "0.1")
+    assert code == 2 and "whose lr was" in err and files(out) == ["checkpoint.pt"]
 
-    third = start(base, text, out)
+    second = start(base, text, out)
     written = (out / "checkpoint.pt").stat().st_mtime_ns
-    while (out / "checkpoint.pt").stat().st_mtime_ns == written and third.poll() is None:
+    while (out / "checkpoint.pt").stat().st_mtime_ns == written and second.poll() is None:
         time.sleep(0.005)
-    third.kill()
-    assert third.wait() == -signal.SIGKILL
+    second.kill()
+    assert second.wait() == -signal.SIGKILL
 
-    last = start(base, text, out)
-    printed, _ = last.communicate()
-    assert last.returncode == 0 and "resumed at step" in printed and files(out) == FINISHED
+    code, printed, _, _ = finetune("--steps", "400")
+    assert code == 0 and "resumed at step" in printed and files(out) == FINISHED
     for name in FINISHED[:3]:
         assert (out / name).read_bytes() == (straight / name).read_bytes(), name
 
@@ -320,14 +318,19 @@ def test_other_commands_refuse_in_one_line_too(tmp_path, capsys, words, says):
     assert code == 2 and err.count("\n") == 1 and says in err
 
 
-def test_pretraining_runs_and_its_file_is_a_base(tmp_path, capsys):
+def test_pretraining_runs_and_its_file_is_a_base(tmp_path, monkeypatch, capsys):
+    """Of the prose and of the held-out windows a little is enough."""
+    loss = ml.held_out_loss
+    monkeypatch.setattr(ml, "held_out_loss", lambda model, windows: loss(model, windows[:4]))
+    monkeypatch.setattr(ml.data, "prose", lambda: b"An index is what a book ends with. " * 90)
     assert main(["pretrain", "--steps", "2", "--out", str(tmp_path / "made.safetensors")]) == 0
     assert "floor" in capsys.readouterr().out
     assert ml.load_base(tmp_path / "made.safetensors").config == ml.GPTConfig()
     assert files(tmp_path) == ["made.safetensors"]
 
 
-def test_compare_on_a_text_of_ones_own_is_made_once(base, tmp_path, capsys):
+def test_compare_on_a_text_of_ones_own_is_made_once(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "CONTEXT", 16)
     (tmp_path / "mine.txt").write_text("".join(f"Line {i} says that {i} and {i + 1} are neighbours.\n" for i in range(90)))
     flags = ["compare", "--text", str(tmp_path / "mine.txt"), "--quick", "--steps", "10", "--base", base, "--out", str(tmp_path / "out")]
     assert main(flags) == 0
@@ -382,6 +385,7 @@ def test_a_folder_that_takes_no_files_is_refused_before_the_work(tmp_path, monke
 def test_compare_with_a_budget_claims_and_seeds(base, tmp_path, monkeypatch, capsys):
     """All its flags, on a lineup that is short; a name that a title cannot show as it is."""
     lora, vera = compare.Entry("lora"), compare.Entry("vera")
+    monkeypatch.setattr(compare, "CONTEXT", 16)
     monkeypatch.setattr(compare, "entries", lambda: [lora, vera, compare.Entry("full")])
     monkeypatch.setattr(claims, "LINEUP", (compare.Entry("lora", rank=1),))
     (tmp_path / "pay $1 to $2_.txt").write_text("".join(f"Line {i} says that {i} and {i + 1} are neighbours.\n" for i in range(90)))

@@ -130,13 +130,13 @@ def test_the_shipped_base_is_small_and_close_to_the_floor():
 
 
 def test_the_shipped_base_writes_sentences_that_parse():
-    """95 % of them: `python benchmarks/base.py` measures it. These 120 documents, some 330 sentences, must not speak against it
+    """95 % of them: `python benchmarks/base.py` measures it. These 40 documents, some 110 sentences, must not speak against it
     by more than three standard errors (another processor's rounding may draw another sentence here and there).
     """
     base = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "base.py"))
-    judged = [base["sentences"](document) for document in base["sample_documents"](ml.load_base(), 120)]
+    judged = [base["sentences"](document) for document in base["sample_documents"](ml.load_base(), 40)]
     told = sum(map(len, judged))
-    assert told >= 240 and sum(map(sum, judged)) >= 0.95 * told - 3 * (told * 0.95 * 0.05) ** 0.5
+    assert told >= 80 and sum(map(sum, judged)) >= 0.95 * told - 3 * (told * 0.95 * 0.05) ** 0.5
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not a model" * 50])
