@@ -191,7 +191,7 @@ def test_a_kill_while_the_first_checkpoint_was_written_blocks_nothing(finetune, 
 
 
 def start(base, text, out):
-    words = [sys.executable, "-m", "minilora", "finetune", "--text", text, "--base", base, "--rank", "2", "--steps", "400", "--out", str(out)]
+    words = [sys.executable, "-m", "minilora", "finetune", "--text", text, "--base", base, "--rank", "2", "--steps", "200", "--out", str(out)]
     # a shell's background job would start with Ctrl-C ignored
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
@@ -209,7 +209,7 @@ def wait_for(path):
 def test_ctrl_c_then_a_kill_then_the_same_command_ends_as_if_nothing_had_happened(base, text, tmp_path, finetune):
     """What is stopped is a process of its own; what is not, runs here."""
     straight, out = tmp_path / "straight", tmp_path / "out"
-    assert finetune("--steps", "400", out=straight)[0] == 0
+    assert finetune("--steps", "200", out=straight)[0] == 0
 
     first = start(base, text, out)
     wait_for(out / "checkpoint.pt")
@@ -218,7 +218,7 @@ def test_ctrl_c_then_a_kill_then_the_same_command_ends_as_if_nothing_had_happene
     assert first.returncode == 130 and "The same command goes on from there" in err and "Traceback" not in err
     assert files(out) == ["checkpoint.pt"]
 
-    code, _, err, _ = finetune("--steps", "400", "--lr", "0.1")
+    code, _, err, _ = finetune("--steps", "200", "--lr", "0.1")
     assert code == 2 and "whose lr was" in err and files(out) == ["checkpoint.pt"]
 
     second = start(base, text, out)
@@ -228,7 +228,7 @@ def test_ctrl_c_then_a_kill_then_the_same_command_ends_as_if_nothing_had_happene
     second.kill()
     assert second.wait() == -signal.SIGKILL
 
-    code, printed, _, _ = finetune("--steps", "400")
+    code, printed, _, _ = finetune("--steps", "200")
     assert code == 0 and "resumed at step" in printed and files(out) == FINISHED
     for name in FINISHED[:3]:
         assert (out / name).read_bytes() == (straight / name).read_bytes(), name
@@ -404,8 +404,8 @@ def test_compare_with_a_budget_claims_and_seeds(base, tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("content", ["", "[{}]", "{}", "7", '{"about": 1, "search": [], "runs": []}', '{"about": {"settings": {}}, "search": [], "runs": [{"x": 1}]}',
                                      '{"about": {"settings": {}}, "search": [], "runs": ['])
-def test_a_broken_results_file_is_named_and_left_alone(content, tmp_path, capsys):
-    for file, command in (("results.json", ["compare", "--quick"]), ("capacity.json", ["capacity"])):
+def test_a_broken_results_file_is_named_and_left_alone(content, base, tmp_path, capsys):
+    for file, command in (("results.json", ["compare", "--quick", "--base", base]), ("capacity.json", ["capacity"])):
         (tmp_path / file).write_text(content)
         assert main([*command, "--out", str(tmp_path)]) == 2
         assert f"{tmp_path / file}: not a" in capsys.readouterr().err and (tmp_path / file).read_text() == content
@@ -424,7 +424,8 @@ def test_claims_are_judged_from_the_published_results(capsys, tmp_path):
     assert main(["claims", "--results", str(tmp_path / "none.json")]) == 2 and "No such file" in capsys.readouterr().err
 
 
-def test_capacity_writes_its_records_and_pictures(tmp_path, monkeypatch, capsys):
+def test_capacity_writes_its_records_and_pictures(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(capacity, "load_base", lambda: ml.load_base(base))
     monkeypatch.setattr(capacity, "RANKS", (1, 2))
     monkeypatch.setattr(capacity, "OTHERS", ())
     monkeypatch.setattr(capacity, "film", lambda: {"steps": [0, 1], "names": ["blocks.0.a.q_proj"], "kept": [[3], [2]], "budget": [3, 2], "most": 3})
