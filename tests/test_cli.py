@@ -331,6 +331,7 @@ def test_pretraining_runs_and_its_file_is_a_base(tmp_path, monkeypatch, capsys):
 
 def test_compare_on_a_text_of_ones_own_is_made_once(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compare, "CONTEXT", 16)
+    monkeypatch.setattr(compare, "step_ratio", lambda *_: 1.0)             # 23 entries by a clock: test_compare.py asks it of two
     (tmp_path / "mine.txt").write_text("".join(f"Line {i} says that {i} and {i + 1} are neighbours.\n" for i in range(90)))
     flags = ["compare", "--text", str(tmp_path / "mine.txt"), "--quick", "--steps", "10", "--base", base, "--out", str(tmp_path / "out")]
     assert main(flags) == 0
