@@ -38,7 +38,8 @@ def cross_terms(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def merge_in_float32(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W + scale · B A, computed in float32 (in float64 where W is) and rounded once, at the end, to W's dtype. A new tensor; W is left as it is.
+    """W + scale · B A, computed in float32 or wider (in float64 where W is) and rounded once, at the end, to W's dtype.
+    A new tensor; W is left as it is. Training is over: no gradient has to pass through.
 
     W: (out, in), of any floating dtype   A: (rank, in)   B: (out, rank), of one dtype, which need not be W's   ->   (out, in), of W's dtype
     """

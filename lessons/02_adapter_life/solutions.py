@@ -32,12 +32,14 @@ def cross_terms(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     return sum(B for _, B in pairs) @ sum(A for A, _ in pairs) - sum(B @ A for A, B in pairs)
 
 
+@torch.no_grad()
 def merge_in_float32(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """Widen first, add, round last: a product that was rounded to 16 bits before it is added is rounded twice."""
     wide = torch.float64 if W.dtype == torch.float64 else torch.float32
     return (W.to(wide) + scale * B.to(wide) @ A.to(wide)).to(W.dtype)
 
 
+@torch.no_grad()
 def survivors(W: Tensor, dW: Tensor, dtype: torch.dtype) -> float:
     """Compare what is stored before with what is stored after, number by number."""
     base = W.to(dtype)

@@ -53,6 +53,13 @@ def test_the_parts_stand_in_the_headers_order(adapter_bytes):
     assert list(adapter_bytes(content)) == ["length", "header", *header], "length, header, then the tensors in the order in which the header names them"
 
 
+@pytest.mark.parametrize("name", ["a", "ab", "abc"])
+def test_a_header_that_no_one_filled_up(adapter_bytes, name):
+    header = json.dumps({name: {"dtype": "F16", "shape": [3], "data_offsets": [0, 6]}}).encode()       # safetensors adds spaces at its end, others need not
+    got = adapter_bytes(len(header).to_bytes(8, "little") + header + bytes(6))
+    assert got == {"length": 8, "header": len(header), name: 6}, f"three numbers of 2 bytes after a header of {len(header)} bytes: got {got}"
+
+
 def test_the_file_of_a_real_adapter(adapter_bytes, tmp_path):
     model = ml.adapt(small_gpt(), ml.LoRA(rank=3))
     got = adapter_bytes((ml.save_adapter(model, tmp_path) / "adapter_model.safetensors").read_bytes())
@@ -150,7 +157,7 @@ def merge_case(W_type, factor_type, out, into, rank, seed=50):
 @pytest.mark.parametrize("W_type, factor_type, scale, out, into, rank", MERGES)
 def test_merged_is_the_nearest_number_that_the_type_has(merge_in_float32, W_type, factor_type, scale, out, into, rank):
     W, A, B = merge_case(W_type, factor_type, out, into, rank)
-    got = merge_in_float32(W, A, B, scale)
+    got = merge_in_float32(W.clone(), A, B, scale)
     assert isinstance(got, torch.Tensor), f"a tensor is wanted, got {type(got).__name__}"
     assert got.dtype == W_type, f"the result has W's type, {W_type}; got {got.dtype}"
     assert got.shape == W.shape, f"shape {tuple(W.shape)} is wanted, got {tuple(got.shape)}"
@@ -247,6 +254,43 @@ def part(kept, key):
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "SGD with momentum": lambda ps, lr: torch.optim.SGD(ps, lr=lr, momentum=0.9)}
 
 
+def test_resume_keeps_what_is_trained_and_nothing_else(what_resume_needs):
+    model, optimizer = small_run()
+    train(model, optimizer, range(2))
+    kept = what_resume_needs(model, optimizer, 2)
+    want = {name for name, p in model.named_parameters() if p.requires_grad}
+    extra = sorted(part(kept, "trained").keys() - want)
+    assert not extra, f"frozen tensors are kept, too ({extra[0]}): they are on disk already, and they are nearly all of the model"
+    assert kept["trained"].keys() == want, f"not all that is trained is kept: {sorted(want - kept['trained'].keys())}"
+    assert all(torch.equal(tensor, model.get_parameter(name)) for name, tensor in kept["trained"].items()), "these are not the numbers of now"
+    assert not any(tensor.requires_grad for tensor in kept["trained"].values()), "detached copies are wanted: .detach().clone(), or they carry a gradient's history to the disk"
+    assert kept.keys() == {"trained", "optimizer", "random", "step"}, f"four parts are wanted, got {sorted(kept)}"
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_resume_begins_at_the_next_step(what_resume_needs, step):
+    model, optimizer = small_run()
+    train(model, optimizer, range(step))
+    assert part(what_resume_needs(model, optimizer, step), "step") == step, "`step` is the next step's number already: keep it as it is"
+
+
+def test_what_is_kept_stays_as_it_is(what_resume_needs):
+    model, optimizer = small_run()
+    train(model, optimizer, range(3))
+    kept = what_resume_needs(model, optimizer, 3)
+    trained = {name: tensor.detach().clone() for name, tensor in part(kept, "trained").items()}
+    moments = copy.deepcopy(part(kept, "optimizer")["state"])
+    random = part(kept, "random").clone()
+    train(model, optimizer, range(3, 6))
+    optimizer.param_groups[0]["lr"] = 7.0
+    assert all(torch.equal(tensor, kept["trained"][name]) for name, tensor in trained.items()), (
+        "training went on and the kept A and B moved with it: these are the living parameters, keep a copy (.detach().clone())")
+    assert all(torch.equal(tensor, kept["optimizer"]["state"][i][name]) for i, parts in moments.items() for name, tensor in parts.items()), (
+        "training went on and the kept moments moved with it: state_dict() hands out the living tensors, keep a deep copy")
+    assert kept["optimizer"]["param_groups"][0]["lr"] == 0.05, "the kept learning rate changed with the optimizer's: keep a deep copy of the whole state_dict()"
+    assert torch.equal(random, kept["random"]), "the kept random state moved: keep a copy"
+
+
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("stop", [0, 3])
 def test_resumed_is_as_if_never_stopped(what_resume_needs, kind, stop):
@@ -278,42 +322,6 @@ def test_resumed_is_as_if_never_stopped(what_resume_needs, kind, stop):
         f"the resumed run ends elsewhere, by up to {worst:.3g}: is each part of this very moment, the dice included, and a copy?")
 
 
-def test_resume_keeps_what_is_trained_and_nothing_else(what_resume_needs):
-    model, optimizer = small_run()
-    train(model, optimizer, range(2))
-    kept = what_resume_needs(model, optimizer, 2)
-    want = {name for name, p in model.named_parameters() if p.requires_grad}
-    extra = sorted(part(kept, "trained").keys() - want)
-    assert not extra, f"frozen tensors are kept, too ({extra[0]}): they are on disk already, and they are nearly all of the model"
-    assert kept["trained"].keys() == want, f"not all that is trained is kept: {sorted(want - kept['trained'].keys())}"
-    assert all(torch.equal(tensor, model.get_parameter(name)) for name, tensor in kept["trained"].items()), "these are not the numbers of now"
-    assert kept.keys() == {"trained", "optimizer", "random", "step"}, f"four parts are wanted, got {sorted(kept)}"
-
-
-@pytest.mark.parametrize("step", [2, 5])
-def test_resume_begins_at_the_next_step(what_resume_needs, step):
-    model, optimizer = small_run()
-    train(model, optimizer, range(step))
-    assert part(what_resume_needs(model, optimizer, step), "step") == step, "`step` is the next step's number already: keep it as it is"
-
-
-def test_what_is_kept_stays_as_it_is(what_resume_needs):
-    model, optimizer = small_run()
-    train(model, optimizer, range(3))
-    kept = what_resume_needs(model, optimizer, 3)
-    trained = {name: tensor.detach().clone() for name, tensor in part(kept, "trained").items()}
-    moments = copy.deepcopy(part(kept, "optimizer")["state"])
-    random = part(kept, "random").clone()
-    train(model, optimizer, range(3, 6))
-    optimizer.param_groups[0]["lr"] = 7.0
-    assert all(torch.equal(tensor, kept["trained"][name]) for name, tensor in trained.items()), (
-        "training went on and the kept A and B moved with it: these are the living parameters, keep a copy (.detach().clone())")
-    assert all(torch.equal(tensor, kept["optimizer"]["state"][i][name]) for i, parts in moments.items() for name, tensor in parts.items()), (
-        "training went on and the kept moments moved with it: state_dict() hands out the living tensors, keep a deep copy")
-    assert kept["optimizer"]["param_groups"][0]["lr"] == 0.05, "the kept learning rate changed with the optimizer's: keep a deep copy of the whole state_dict()"
-    assert torch.equal(random, kept["random"]), "the kept random state moved: keep a copy"
-
-
 def test_keeping_disturbs_nothing(what_resume_needs):
     model, optimizer = small_run()
     train(model, optimizer, range(2))
@@ -331,17 +339,23 @@ def test_keeping_disturbs_nothing(what_resume_needs):
 
 def small_gpt(width=16):
     torch.manual_seed(0)
-    return ml.TinyGPT(ml.GPTConfig(context=16, width=width, layers=2, heads=2))
+    return ml.TinyGPT(ml.GPTConfig(vocab_size=20, context=16, width=width, layers=1, heads=2))
 
 
-def written(folder, method, seed, targets=None, width=16):
-    """A trained-looking adapter in `folder`, and its update of each layer."""
-    model = ml.adapt(small_gpt(width), method, targets)
-    for i, (_, layer) in enumerate(ml.adapters(model)):
-        layer.A.data.copy_(draw(*layer.A.shape, seed=seed + 2 * i))
-        layer.B.data.copy_(draw(*layer.B.shape, seed=seed + 2 * i + 1))
-    ml.save_adapter(model, folder)
-    return {name: layer.delta_weight().detach() for name, layer in ml.adapters(model)}
+TARGETS = ["q_proj", "up_proj", "down_proj"]
+
+
+def written(folder, method, seed, width=16):
+    """PEFT's two files, as if from training, and the update of each layer."""
+    linears = {name: linear for name, linear in small_gpt(width).named_modules() if name.rpartition(".")[2] in TARGETS}
+    A = {name: draw(method.rank, linear.in_features, seed=seed + i, dtype=torch.float32) for i, (name, linear) in enumerate(linears.items())}
+    B = {name: draw(linear.out_features, method.rank, seed=seed + 50 + i, dtype=torch.float32) for i, (name, linear) in enumerate(linears.items())}
+    folder.mkdir()
+    safetensors.torch.save_file({f"base_model.model.{name}.lora_{letter}.weight": tensor for letter, factors in (("A", A), ("B", B)) for name, tensor in factors.items()},
+                                folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": None, "target_modules": list(linears), "bias": "none", "r": method.rank, "lora_alpha": method.alpha}
+    (folder / "adapter_config.json").write_text(json.dumps(config | ({"use_rslora": True} if method.rslora else {})))       # an older PEFT writes no use_rslora
+    return {name: method.scale * B[name] @ A[name] for name in linears}
 
 
 def loaded(folder, width=16):
@@ -363,6 +377,19 @@ MIXTURES = {
     "below zero": ((LOUD, SOFT), (-0.5, 1.0)), "zero": ((LOUD, SOFT), (0.0, 0.7)), "rsLoRA last": ((LOUD, ROOTED), (0.3, 0.6)), "rsLoRA first": ((ROOTED, LOUD), (0.3, 0.6)),
     "one alone": ((SOFT,), (0.4,)), "three": ((LOUD, SOFT, LOUD), (0.2, 0.5, -0.9)),
 }
+
+
+def test_mixture_is_concatenated(scaled_mixture, tmp_path):
+    for i, method in enumerate((LOUD, SOFT)):
+        written(tmp_path / str(i), method, seed=400 + 100 * i)
+    scaled_mixture([tmp_path / "0", tmp_path / "1"], [0.5, 0.5], tmp_path / "mix")
+    config = json.loads((tmp_path / "mix" / "adapter_config.json").read_text())
+    assert config["r"] == 5, f"ranks 2 and 3 make rank 5, the configuration says r = {config['r']}"
+    tensors = safetensors.torch.load_file(tmp_path / "mix" / "adapter_model.safetensors")
+    old = safetensors.torch.load_file(tmp_path / "0" / "adapter_model.safetensors")
+    assert tensors.keys() == old.keys(), "the tensors have other names than the old ones"
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values()), "float32 is wanted"
+    loaded(tmp_path / "mix")
 
 
 @pytest.mark.parametrize("which", MIXTURES)
@@ -389,37 +416,27 @@ def test_mixture_adds_the_weighted_updates(scaled_mixture, tmp_path, which):
         must_equal(got[name], want, mistakes, f"the update of {name}, weights {weights}", rtol=1e-4, atol=1e-4)
 
 
-def test_mixture_is_concatenated(scaled_mixture, tmp_path):
+@pytest.mark.parametrize("width", [16, 24])
+def test_mixture_of_adapters_that_minilora_saved_speaks_as_both(scaled_mixture, tmp_path, width):
+    plain, updates = small_gpt(width), []
     for i, method in enumerate((LOUD, SOFT)):
-        written(tmp_path / str(i), method, seed=400 + 100 * i)
-    scaled_mixture([tmp_path / "0", tmp_path / "1"], [0.5, 0.5], tmp_path / "mix")
-    config = json.loads((tmp_path / "mix" / "adapter_config.json").read_text())
-    assert config["r"] == 5, f"ranks 2 and 3 make rank 5, the configuration says r = {config['r']}"
-    tensors = safetensors.torch.load_file(tmp_path / "mix" / "adapter_model.safetensors")
-    old = safetensors.torch.load_file(tmp_path / "0" / "adapter_model.safetensors")
-    assert tensors.keys() == old.keys(), "the tensors have other names than the old ones"
-    assert all(tensor.dtype == torch.float32 for tensor in tensors.values()), "float32 is wanted"
-    loaded(tmp_path / "mix")
-
-
-@pytest.mark.parametrize("width, targets", [(16, ["q_proj", "down_proj"]), (24, ["up_proj"])])
-def test_mixture_of_some_layers_speaks_as_both(scaled_mixture, tmp_path, width, targets):
-    updates = [written(tmp_path / str(i), method, 500 + 100 * i, targets, width) for i, method in enumerate((LOUD, SOFT))]
-    ids = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(1))
+        model = ml.adapt(small_gpt(width), method, TARGETS)
+        for j, (_, layer) in enumerate(ml.adapters(model)):
+            layer.B.data.copy_(draw(*layer.B.shape, seed=500 + 50 * i + j))
+        ml.save_adapter(model, tmp_path / str(i))
+        updates.append({name: layer.delta_weight().detach() for name, layer in ml.adapters(model)})
     scaled_mixture([tmp_path / "0", tmp_path / "1"], [0.3, -0.1], tmp_path / "mix")
-    model = small_gpt(width)
+    ids = torch.randint(20, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         for name in updates[0]:
-            model.get_submodule(name).weight.add_(0.3 * updates[0][name] - 0.1 * updates[1][name])
-        want, got = model(ids), loaded(tmp_path / "mix", width)(ids)
+            plain.get_submodule(name).weight.add_(0.3 * updates[0][name] - 0.1 * updates[1][name])
+        want, got = plain(ids), loaded(tmp_path / "mix", width)(ids)
     assert torch.allclose(got, want, rtol=1e-3, atol=1e-3), f"the model with the mixture says something else, by up to {(got - want).abs().max():.3g}"
 
 
 def test_mixture_goes_where_it_should_and_touches_nothing_else(scaled_mixture, tmp_path):
     for i, method in enumerate((LOUD, SOFT)):
         written(tmp_path / str(i), method, seed=600 + 100 * i)
-        config = tmp_path / str(i) / "adapter_config.json"
-        config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "use_rslora"}))      # an older PEFT knew no such field
     before = {file: file.read_bytes() for i in "01" for file in (tmp_path / i).iterdir()}
     deep = tmp_path / "not" / "there" / "yet"
     scaled_mixture([tmp_path / "0", tmp_path / "1"], [1.0, 1.0], deep)
