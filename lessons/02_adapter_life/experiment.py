@@ -19,7 +19,7 @@ import minilora as ml
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 METHOD, LR, ROWS, CONTEXT, STEPS = ml.LoRA(rank=4, alpha=8), 1e-2, 8, 64, 150
-AXIS = [round(-0.5 + 0.1 * i, 1) for i in range(21)]
+AXIS = [-0.25 + 0.125 * i for i in range(13)]
 CORNERS = [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.5, 0.5)]
 STOP, GO_ON, WARMUP = 100, 40, 20
 
