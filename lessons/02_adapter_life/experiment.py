@@ -3,6 +3,7 @@
     voices/     two adapters of seed 0, the files that the notebook takes apart
     plane       held-out loss in four voices where the two are mixed with weights (u, v): updates added, or factors added
     corners     the same at a few (u, v), three seeds
+    peft        how far PEFT's own mixtures of the two files, "cat" and "linear", are from ours (where PEFT is installed)
     resume      training loss from step 100 on, five seeds: gone on with from a checkpoint; from the adapter alone; the same with a warm-up
 """
 
@@ -10,6 +11,7 @@ import copy
 import json
 import math
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -77,6 +79,24 @@ def losses(loud: dict, join: dict, points: list, windows: int = 16) -> dict:
     return found
 
 
+def peft_agrees() -> dict:
+    """The largest difference of an update from ours, as a share of its largest number, over a few weights."""
+    import peft
+
+    model = peft.PeftModel.from_pretrained(ml.load_base(), HERE / "voices" / "loud", adapter_name="loud")
+    model.load_adapter(HERE / "voices" / "joined", "joined")
+    loud, join = (parts(ml.load_adapter(ml.load_base(), HERE / "voices" / voice)) for voice in ("loud", "joined"))
+    found = {"version": peft.__version__, "cat": 0.0, "linear": 0.0}
+    for i, (u, v) in enumerate([(1.0, 1.0), (0.5, 0.25), (-0.5, 1.25)]):
+        for kind, update in (("cat", updates_added), ("linear", factors_added)):
+            model.add_weighted_adapter(["loud", "joined"], [u, v], f"{kind}{i}", combination_type=kind)
+            for name in loud:
+                ours = update(u, *loud[name], v, *join[name])
+                theirs = model.base_model.model.get_submodule(name).get_delta_weight(f"{kind}{i}")
+                found[kind] = max(found[kind], ((theirs - ours).abs().max() / ours.abs().max()).item())
+    return found
+
+
 class Stop(Exception):
     """The power fails."""
 
@@ -135,6 +155,10 @@ def main() -> None:
                 results["plane"] = losses(parts(loud), parts(join), [(u, v) for v in AXIS for u in AXIS])
                 note()
                 print("plane", flush=True)
+    if "peft" not in results and find_spec("peft"):
+        results["peft"] = peft_agrees()
+        note()
+        print("peft", flush=True)
     for seed in range(5):
         if str(seed) not in results["resume"]:
             results["resume"][str(seed)] = rounded(resume(seed))

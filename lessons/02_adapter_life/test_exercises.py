@@ -263,7 +263,8 @@ def test_resume_keeps_what_is_trained_and_nothing_else(what_resume_needs):
     assert not extra, f"frozen tensors are kept, too ({extra[0]}): they are on disk already, and they are nearly all of the model"
     assert kept["trained"].keys() == want, f"not all that is trained is kept: {sorted(want - kept['trained'].keys())}"
     assert all(torch.equal(tensor, model.get_parameter(name)) for name, tensor in kept["trained"].items()), "these are not the numbers of now"
-    assert not any(tensor.requires_grad for tensor in kept["trained"].values()), "detached copies are wanted: .detach().clone(), or they carry a gradient's history to the disk"
+    assert not any(tensor.requires_grad for tensor in kept["trained"].values()), (
+        "detached copies are wanted, .detach().clone(): these still carry a gradient's history")
     assert kept.keys() == {"trained", "optimizer", "random", "step"}, f"four parts are wanted, got {sorted(kept)}"
 
 
@@ -332,7 +333,8 @@ def test_keeping_disturbs_nothing(what_resume_needs):
     assert torch.equal(dice, part(kept, "random")), "'random' is torch.get_rng_state() as it is at the call"
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters()), "the model changed"
     assert flags == [p.requires_grad for p in model.parameters()], "what is trained and what is frozen changed"
-    assert all(torch.equal(tensor, optimizer.state_dict()["state"][i][name]) for i, parts in moments.items() for name, tensor in parts.items()), "the optimizer changed"
+    now = optimizer.state_dict()["state"]
+    assert all(torch.equal(tensor, now[i][name]) for i, parts in moments.items() for name, tensor in parts.items()), "the optimizer changed"
 
 
 # scaled_mixture
@@ -351,10 +353,11 @@ def written(folder, method, seed, width=16):
     A = {name: draw(method.rank, linear.in_features, seed=seed + i, dtype=torch.float32) for i, (name, linear) in enumerate(linears.items())}
     B = {name: draw(linear.out_features, method.rank, seed=seed + 50 + i, dtype=torch.float32) for i, (name, linear) in enumerate(linears.items())}
     folder.mkdir()
-    safetensors.torch.save_file({f"base_model.model.{name}.lora_{letter}.weight": tensor for letter, factors in (("A", A), ("B", B)) for name, tensor in factors.items()},
-                                folder / "adapter_model.safetensors")
+    tensors = {f"base_model.model.{name}.lora_{letter}.weight": tensor for letter, factors in (("A", A), ("B", B)) for name, tensor in factors.items()}
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "task_type": None, "target_modules": list(linears), "bias": "none", "r": method.rank, "lora_alpha": method.alpha}
-    (folder / "adapter_config.json").write_text(json.dumps(config | ({"use_rslora": True} if method.rslora else {})))       # an older PEFT writes no use_rslora
+    config |= {"use_rslora": True} if method.rslora else {}            # an older PEFT knows no such field
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return {name: method.scale * B[name] @ A[name] for name in linears}
 
 
@@ -374,8 +377,8 @@ def mixed_updates(folder, width=16):
 LOUD, SOFT, ROOTED = ml.LoRA(rank=2, alpha=5), ml.LoRA(rank=3, alpha=2), ml.LoRA(rank=4, alpha=3, rslora=True)
 MIXTURES = {
     "one each": ((LOUD, SOFT), (1.0, 1.0)), "equal ranks": ((LOUD, ml.LoRA(rank=2, alpha=3)), (0.5, 0.25)), "halves and more": ((SOFT, LOUD), (0.5, 1.75)),
-    "below zero": ((LOUD, SOFT), (-0.5, 1.0)), "zero": ((LOUD, SOFT), (0.0, 0.7)), "rsLoRA last": ((LOUD, ROOTED), (0.3, 0.6)), "rsLoRA first": ((ROOTED, LOUD), (0.3, 0.6)),
-    "one alone": ((SOFT,), (0.4,)), "three": ((LOUD, SOFT, LOUD), (0.2, 0.5, -0.9)),
+    "below zero": ((LOUD, SOFT), (-0.5, 1.0)), "zero": ((LOUD, SOFT), (0.0, 0.7)), "one alone": ((SOFT,), (0.4,)), "three": ((LOUD, SOFT, LOUD), (0.2, 0.5, -0.9)),
+    "rsLoRA last": ((LOUD, ROOTED), (0.3, 0.6)), "rsLoRA first": ((ROOTED, LOUD), (0.3, 0.6)),
 }
 
 
