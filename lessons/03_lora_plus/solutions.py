@@ -14,10 +14,10 @@ def three_terms(x: Tensor, A: Tensor, B: Tensor, dA: Tensor, dB: Tensor, scale: 
 
 
 def growth_exponent(widths: list[int], sizes: list[float]) -> float:
-    """log size = log c + p · log width is a line: covariance over variance is its slope."""
-    across, up = [math.log(width) for width in widths], [math.log(size) for size in sizes]
-    middle, height = sum(across) / len(across), sum(up) / len(up)
-    return sum((u - middle) * (v - height) for u, v in zip(across, up)) / sum((u - middle) ** 2 for u in across)
+    """log size = log c + p · log width is a line: covariance over variance is its slope. (Only one side needs its mean taken off.)"""
+    across = [math.log(width) for width in widths]
+    middle = sum(across) / len(across)
+    return sum((u - middle) * math.log(size) for u, size in zip(across, sizes)) / sum((u - middle) ** 2 for u in across)
 
 
 def widest_useful_rate(first: float, second: float, limit: float) -> float:

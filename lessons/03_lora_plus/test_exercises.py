@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 import minilora as ml
 from lessons.expect import draw, must_equal
@@ -65,8 +65,8 @@ def test_the_terms_are_in_the_dtype_of_x(three_terms):
 def test_the_terms_never_form_the_large_matrix(three_terms):
     out, into, rank, sizes = 300, 200, 2, []
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             sizes.extend(t.numel() for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, torch.Tensor))
             return result
@@ -266,6 +266,7 @@ def test_no_group_is_empty(lora_plus_groups):
     for p in model.parameters():
         p.requires_grad_(p is model[0].A)
     assert given(lora_plus_groups(model, 0.1, 8.0), model).keys() == {"0.A"}
+    assert lora_plus_groups(model.requires_grad_(False), 0.1, 8.0) == [], "nothing trains: no groups"
 
 
 def test_a_B_that_layers_share_stands_there_once(lora_plus_groups):
@@ -351,12 +352,12 @@ def test_alpha_does_the_work_of_the_ratio(ratio_as_alpha, plus, optimizer):
     assert off < 1e-9, f"after 12 steps of {optimizer} dW is {off:.2g} of its size away from plus's; alpha {got.alpha:g} for alpha {plus.alpha:g} and ratio {plus.ratio:g}"
 
 
-@pytest.mark.parametrize("other", ["lion", "", "Adam"])
+@pytest.mark.parametrize("other", ["lion", "adamw"])
 def test_of_other_optimizers_nothing_is_promised(ratio_as_alpha, other):
     with pytest.raises(ValueError) as error:
         ratio_as_alpha(PLUSES[0], other)
         pytest.fail(f"{other!r} is neither adam nor sgd: a ValueError is wanted")
-    assert repr(other) in str(error.value) or other and other in str(error.value), f"the error should name what was given, {other!r}; it says {str(error.value)!r}"
+    assert other in str(error.value), f"the error should name what was given, {other!r}; it says {str(error.value)!r}"
 
 
 # decay_where
