@@ -12,6 +12,10 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from minilora import beside
 
 
 class Adapter(nn.Module):
@@ -129,11 +133,14 @@ def adapt(model: nn.Module, method: Method, targets: list[str] | None = None) ->
         if quantized:
             raise ValueError(f"{quantized[0]} is in four bits, which cannot be trained; adapt it, or train the dense model")
         return model.requires_grad_(True)
-    return install(model, method.wrap(find_targets(model, targets)))
+    with unwrapped(model) as plain:
+        install(plain, method.wrap(find_targets(plain, targets)))
+    return model
 
 
 def install(model: nn.Module, wrapped: dict[str, Adapter]) -> nn.Module:
-    """Freeze the model and put ready adapters in their places."""
+    """Freeze the model and put ready adapters in their places; what stands beside them goes on record."""
+    beside.remember(model, wrapped)
     model.requires_grad_(False)
     for name, adapter in wrapped.items():
         adapter.train(adapter.base.training)
@@ -164,6 +171,13 @@ def find_targets(model: nn.Module, targets: list[str] | None = None) -> dict[str
         chosen = {name: linear for name, linear in linears.items() if name in chosen}      # in the model's order
     if not chosen:
         raise ValueError(f"no Linear to adapt; this model has {_names(model, linears)}")
+    check_targets(model, chosen)
+    return chosen
+
+
+def check_targets(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
+    """Raises ValueError where an adapter on one of them would be passed by, or could not work."""
+    inside_attention = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     _refuse_tied(model, chosen)
     for name, linear in chosen.items():
         if id(linear) in inside_attention:
@@ -173,7 +187,6 @@ def find_targets(model: nn.Module, targets: list[str] | None = None) -> dict[str
             raise ValueError(f"{name}: its weight is stored as {weight.dtype}, quantized by another library; adapt the model as it was before")
         if not weight.is_meta and not weight.isfinite().all():
             raise ValueError(f"{name}: its weight holds values that are not finite numbers; the base is broken")
-    return chosen
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
@@ -188,9 +201,49 @@ def trainable_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def disabled(model: nn.Module) -> AbstractContextManager[nn.Module]:
-    """The base speaks: inside the block every adapter is out of the model, afterwards it is back."""
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """The base speaks: inside the block every adapter is out of the model, afterwards it is back. What load_adapter put beside the adapters, and
+    what forward passes have moved there, is out too; a head that you train in place is not."""
+    with unwrapped(model) as plain, without_adapters(plain), beside.as_before(plain):
+        yield model
+
+
+def without_adapters(model: nn.Module) -> AbstractContextManager[nn.Module]:
+    """Inside the block each base is in its adapter's place."""
     return swapped(model, {name: adapter.base for name, adapter in adapters(model)})
+
+
+@contextmanager
+def unwrapped(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the block the model without the wrappers of torch.compile, DataParallel and their like, so that names are the plain model's."""
+    plain, undo = _inside(model), []
+
+    def unwrap(parent: nn.Module) -> None:
+        for leaf, child in list(parent._modules.items()):
+            if child is not None:
+                inner = _inside(child)
+                if inner is not child:
+                    undo.append((parent, leaf, child, inner))
+                    parent._modules[leaf] = inner
+                unwrap(inner)
+
+    try:
+        unwrap(plain)
+        yield plain
+    finally:
+        for parent, leaf, wrapper, inner in undo:
+            if parent._modules[leaf] is inner:             # a compiled Linear that has got an adapter by now stays without its wrapper
+                parent._modules[leaf] = wrapper
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    while True:
+        parts = ["module"] if isinstance(module, (DataParallel, DistributedDataParallel, AveragedModel)) else []
+        parts = [part for part in (*parts, "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module") if part in module._modules]
+        if not parts:
+            return module
+        module = module._modules[parts[0]]
 
 
 @contextmanager
@@ -211,15 +264,20 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
     The sum is made in float32 (float64 for a float64 base) and rounded once, to `dtype` or else to the base's. In 16 bits
     that rounding can swallow most of a small update. The parameters stay frozen; model.requires_grad_() trains them on.
+    What was trained beside the adapters stays as it is.
     """
     merged = {name: _merged(adapter, dtype) for name, adapter in _some_adapters(model, "merge").items()}
     for name, linear in merged.items():
         put(model, name, linear)
+    beside.forget(model)
     return model
 
 
 def unload(model: nn.Module) -> nn.Module:
     """Take the adapters out, in place: the base is back, same keys, same bits. It stays frozen; model.requires_grad_() undoes that.
+
+    Buffers (a BatchNorm's running means) are again what they were when the adapters came, and a head that load_adapter brought gives way to the
+    model's own. A head that you have trained in place stays as trained: no copy of what it was is kept.
 
     Raises ValueError, the model unchanged, where there are none, or a method has put a base of its own in W's place (LoftQ).
     """
@@ -229,6 +287,8 @@ def unload(model: nn.Module) -> nn.Module:
             raise ValueError(f"{name}: {adapter.no_way_back}")
     for name, adapter in found.items():
         put(model, name, adapter.base)
+    with unwrapped(model) as plain:
+        beside.restore(plain)
     return model
 
 

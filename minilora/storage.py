@@ -13,37 +13,35 @@ import io
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from minilora.adapter import Adapter, Method, adapters, find_targets, install, swapped
+from minilora import beside, configuration
+from minilora.adapter import Adapter, Method, adapters, install, swapped, unwrapped, without_adapters
+from minilora.configuration import PREFIX
+from minilora.formats import DTYPES, FORMATS, PEFT_TYPES, PEFTS_OWN, LoRAFormat
 from minilora.gpt import TinyGPT
-from minilora.formats import FORMATS, METHODS, PEFT_TYPES, PEFTS_OWN, LoRAFormat
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-
-# Of PEFT's fields: what changes nothing, and what must have this value because we do nothing else. formats.py has what is read.
-HARMLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
-            "revision", "task_type"}
-ALLOWED = {"bias": ["none"]}
-
+PEFTS_COPIES = (".original_module.bias", ".modules_to_save.bias")     # bias = "all" makes PEFT write a saved module's bias three times
 
 def save_adapter(model: nn.Module, folder: str | Path, projection: bool = True) -> Path:
     """Write the model's adapter to `folder`, so that load_adapter here and PeftModel.from_pretrained in PEFT read it.
 
+    What is trained beside the adapters (a head, norms, biases), and buffers that have moved, go with it: whole modules as PEFT's modules_to_save,
+    or its bias = "all" and "lora_only". Names are the plain model's, also where it is compiled or inside DataParallel or an averaged copy.
     projection=False leaves VeRA's A and B out: the seed draws them again, and the loader knows by their digest if it did.
+
+    Raises ValueError, nothing written, naming the layer or tensor that could not come back: layers of methods that one folder cannot hold together,
+    an Adapter or Method that is not of this package, numbers that are not finite, a trained tensor that PEFT's format has no place for.
     """
-    layers = dict(adapters(model))
-    if not layers:
-        raise ValueError("nothing to save: this model has no adapters (after full fine-tuning save the whole model)")
-    form, options = FORMATS[type(next(iter(layers.values())).method)], {"projection": projection}
-    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in _tensors(form, layers, options).items()}
-    config, about = described(model, projection)
+    config, about, tensors = _content(model, projection)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS, _packed(tensors, {"format": "pt", "minilora": about}))
@@ -53,71 +51,79 @@ def save_adapter(model: nn.Module, folder: str | Path, projection: bool = True) 
 
 def described(model: nn.Module, projection: bool = True) -> tuple[bytes, str]:
     """What save_adapter writes beside the tensors: the configuration file, and the weights file's metadata."""
-    layers = dict(adapters(model))
-    method = next(iter(layers.values())).method
-    form = FORMATS[type(method)]
-    about = {"method": type(method).__name__, "fields": dataclasses.asdict(method), "layers": list(layers),
-             "base": base_fingerprint(model), "state": form.state(layers)}
-    config = _shell(form) | {"target_modules": list(layers)} | form.config(method, layers, projection=projection)
-    return (json.dumps(config, indent=2) + "\n").encode(), json.dumps(about)
+    return _content(model, projection)[:2]
 
 
 def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False, any_base: bool = False) -> nn.Module:
-    """Put the adapter in `folder` on a plain model, in place, and return it. trainable: go on training it.
+    """Put the adapter in `folder` on a plain model, in place, and return it, in eval mode; trainable: to go on training it, its mode as it was.
+
+    What the folder holds beside adapters (a trained head, norms, biases) takes the place of the model's own, which disabled() and unload() bring back.
 
     Raises ValueError naming the file and the key, the model unchanged, where a file is missing or damaged, a tensor is
     missing, unexpected, of the wrong shape or not finite, the configuration asks for what we do not do, or the adapter was made
     for another base (any_base=True loads it all the same).
     """
-    config_file, weights_file = Path(folder) / CONFIG, Path(folder) / WEIGHTS
-    config = _read_config(config_file)
+    if trainable and isinstance(model, DistributedDataParallel):
+        raise ValueError("DistributedDataParallel would not see the adapters' gradients: load_adapter first, then wrap the model")
+    config_file, weights_file = _files(Path(folder))
+    config = configuration.read(config_file)
     tensors, about = _read_tensors(weights_file)
-    method = _method(config, config_file)
-    form = PEFTS_OWN[type(method)]
-    linears = _layers(model, config, config_file)
-    if about:
-        method = _saved_method(about, weights_file)
-        form = FORMATS[type(method)]
-        if about["layers"] != list(linears):
+    with unwrapped(model) as plain:
+        linears = configuration.layers_meant(plain, config, config_file, peft_made=not about)
+        methods = _methods(config, about, linears, tensors, config_file, weights_file)
+        if about and about["layers"] != list(linears):
             raise _mixed_up(config_file, about, "target_modules", list(linears), about["layers"])
-    options = {"projection": config.get("save_projection", True)}
-    with torch.random.fork_rng([]), torch.no_grad():     # the adapters' random starts are overwritten: spend no one's random numbers on them
-        try:
-            wrapped = method.wrap(linears)
-            form.restore(wrapped, about.get("state", {}) if about else None, config)
-        except ValueError as error:
-            raise ValueError(f"{config_file}: {error}") from None
-        except (KeyError, TypeError):
-            raise ValueError(f"{weights_file}: its metadata lacks the state of {about['method']}; the file has been edited") from None
-        base = base_fingerprint(model, wrapped) if about else None
-        if about and about["base"] != base and not any_base:
-            raise ValueError(f"{weights_file}: made for another base (fingerprint {about['base'][:12]}, this model's is "
-                             f"{base[:12]}); load the base it was trained on, or pass any_base=True")
-        for field, value in form.config(method, wrapped, **options).items() if about else ():
-            if config.get(field) != value:
-                raise _mixed_up(config_file, about, field, config.get(field), value)
-        _fill(form, wrapped, options, tensors, weights_file)
-    if not trainable:
-        for adapter in wrapped.values():
-            adapter.requires_grad_(False)
-    return install(model, wrapped)
+        with torch.random.fork_rng([]), torch.no_grad():     # the adapters' random starts are overwritten: spend no one's random numbers on them
+            wrapped = _fresh(methods, linears, config, about, tensors, config_file, weights_file)
+            places = configuration.places_beside(plain, linears, config)
+            if about:
+                _compare(plain, wrapped, config, about, places, any_base, config_file, weights_file)
+            values = _fill(plain, wrapped, places, config, about, tensors, weights_file)
+        if not trainable:
+            for adapter in wrapped.values():
+                adapter.requires_grad_(False)
+        install(plain, wrapped)
+        with without_adapters(plain):
+            beside.replace(plain, values, about["beside"]["trained"] if about and values else values, trainable)
+    return model if trainable else model.eval()
 
 
-def base_fingerprint(model: nn.Module, wrapped: dict[str, Adapter] | None = None) -> str:
-    """SHA-256 of the base's names, shapes and bits; the adapters on it, or about to be put on it, do not count."""
+def base_fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
+    """SHA-256 of the base's names, shapes and bits, as the plain model's; adapters and wrappers do not count, nor the tensors named in `without`."""
+    with unwrapped(model) as plain:
+        return _fingerprint(plain, dict(adapters(plain)), without)
+
+
+def _fingerprint(plain: nn.Module, wrapped: dict[str, Adapter], without: Collection[str]) -> str:
+    """The same, with these adapters on it or about to be put on it."""
     digest = hashlib.sha256()
-    with swapped(model, {name: adapter.base for name, adapter in (wrapped or dict(adapters(model))).items()}):
-        for name, tensor in model.state_dict().items():
-            if isinstance(tensor, Tensor):
+    with swapped(plain, {name: adapter.base for name, adapter in wrapped.items()}):
+        for name, tensor in plain.state_dict().items():
+            if isinstance(tensor, Tensor) and name not in without:
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def save_model(model: TinyGPT, path: str | Path) -> None:
-    """A whole TinyGPT with its configuration, as load_base reads it."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in whole(model).items()}
-    write_atomically(path, _packed(tensors, model_metadata(model)))
+    """A whole TinyGPT with its configuration, as load_base reads it. Raises ValueError, nothing written, where load_base could not: adapters on it,
+    layers in four bits, tied weights, numbers that are not finite."""
+    with unwrapped(model) as plain:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in whole(plain).items()}
+        with torch.device("meta"):
+            expected = TinyGPT(plain.config).state_dict()
+        for name in sorted(tensors.keys() ^ expected.keys()):
+            if any(True for _ in adapters(plain)):
+                why = "it has adapters: save_adapter() writes those, merge() folds them in"
+            elif name.endswith(".codes") or f"{name.rpartition('.')[0]}.codes" in tensors:
+                why = "a layer is in four bits: save the dense model, and quantize() what was loaded, which gives the same bits"
+            else:
+                why = "it is not a TinyGPT of its own configuration, or two of its weights are one"
+            raise ValueError(f"{path}: load_base could not read this model back, because of {name}: {why}")
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{path}: {name} holds values that are not finite numbers")
+        write_atomically(path, _packed(tensors, model_metadata(plain)))
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
@@ -179,58 +185,207 @@ def _packed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     return len(header).to_bytes(8, "little") + header + content[8 + size:]
 
 
-def _shell(form: LoRAFormat) -> dict:
-    """The fields that PEFT wants to see in every folder."""
-    return {"peft_type": form.peft_type, "task_type": None, "base_model_name_or_path": None, "inference_mode": True, "bias": "none",
-            "modules_to_save": None}
+def _content(model: nn.Module, projection: bool) -> tuple[bytes, str, dict[str, Tensor]]:
+    """All of a folder, held against the model: the configuration file, the metadata, the tensors."""
+    with unwrapped(model) as plain:
+        layers = dict(adapters(plain))
+        if not layers:
+            raise ValueError("nothing to save: this model has no adapters (after full fine-tuning save the whole model)")
+        _check_together(layers)
+        with without_adapters(plain):
+            only_bias = _first_form(layers).only_bias
+            extra = configuration.fields_beside(plain, layers, beside.changed(plain, layers), only_bias)
+            config = _config(plain, layers, extra, projection)
+            places = configuration.places_beside(plain, layers, config)
+            about = _about(layers, projection) | {"base": _fingerprint(plain, {}, places.values())}
+            if extra:
+                about["beside"] = extra | {"trained": beside.trained(plain, places.values())}
+            found = plain.state_dict()
+            values = {key: found[name] for key, name in places.items()}
+        tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in (_tensors(layers, FORMATS, projection) | values).items()}
+    for key, tensor in tensors.items():
+        if not _is_sound(tensor, beside=key in values):
+            raise ValueError(f"not saved: {key} holds values that are not finite numbers; training has diverged, a lower learning rate may help")
+    about["digest"] = _digest(tensors, about)
+    return (json.dumps(config, indent=2) + "\n").encode(), json.dumps(about), tensors
 
 
-def _tensors(form: LoRAFormat, layers: dict[str, Adapter], options: dict) -> dict[str, Tensor]:
-    """All that the weights file holds, by key."""
-    own = {f"{PREFIX}{name}.{end}": tensor for name, layer in layers.items() for end, tensor in form.write(layer).items()}
-    return own | form.write_shared(layers, **options)
+def _check_together(layers: dict[str, Adapter]) -> None:
+    """Each layer is what its method makes, and one folder can hold them all."""
+    first, usual = next((name, layer.method) for name, layer in layers.items())
+    for name, layer in layers.items():
+        method, form = layer.method, FORMATS.get(type(layer.method))
+        if form is None:
+            kind = type(method).__name__
+            raise ValueError(f"{name}: {kind} has no form on disk. Say which: minilora.formats.FORMATS[{kind}] = LoRAFormat(), where it adds nothing to "
+                             "LoRA's A and B, or a class like those in that file; the program that loads needs the same line")
+        try:
+            form.check(layer)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if method != usual and (form.one_for_all or FORMATS[type(usual)].one_for_all):
+            raise ValueError(f"{name} has {method}, and {first} has {usual}: such layers cannot share a folder; save the parts of the model one by "
+                             "one, each in a folder of its own: save_adapter(model.part, ...)")
 
 
-def _read_config(file: Path) -> dict:
+def _about(layers: dict[str, Adapter], projection: bool) -> dict:
+    """What PEFT has no field for: the layers' methods, and in what state they are."""
+    usual, state = _named(next(iter(layers.values())).method), {}
+    for form, same in _by_form(layers).items():
+        state |= form.state(same, projection)
+    others = {name: _named(layer.method) for name, layer in layers.items() if _named(layer.method) != usual}
+    return usual | {"layers": list(layers), "state": state} | ({"others": others} if others else {})
+
+
+def _named(method: Method) -> dict:
+    return {"method": type(method).__name__, "fields": dataclasses.asdict(method)}
+
+
+def _config(plain: nn.Module, layers: dict[str, Adapter], extra: dict, projection: bool) -> dict:
+    """adapter_config.json. extra: PEFT's fields for what is saved beside the adapters."""
+    form = _first_form(layers)
+    shell = {"peft_type": form.peft_type, "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
+             "bias": extra.get("bias", "none"), "modules_to_save": extra.get("modules_to_save")}
+    return shell | {"target_modules": configuration.targets(plain, layers)} | form.config(layers, projection)
+
+
+def _tensors(layers: dict[str, Adapter], forms: dict, projection: bool) -> dict[str, Tensor]:
+    """All that the weights file holds of the adapters, by key."""
+    own = {f"{PREFIX}{name}.{end}": tensor for name, layer in layers.items() for end, tensor in forms[type(layer.method)].write(layer).items()}
+    return own | _first_form(layers).write_shared(layers, projection)
+
+
+def _first_form(layers: dict[str, Adapter]) -> LoRAFormat:
+    return FORMATS[type(next(iter(layers.values())).method)]
+
+
+def _by_form(layers: dict[str, Adapter], forms: dict = FORMATS) -> dict[LoRAFormat, dict[str, Adapter]]:
+    found: dict[LoRAFormat, dict[str, Adapter]] = {}
+    for name, layer in layers.items():
+        found.setdefault(forms[type(layer.method)], {})[name] = layer
+    return found
+
+
+def _is_sound(tensor: Tensor, beside: bool) -> bool:
+    """Finite numbers. Beside the adapters there may be infinities (a mask) and whole numbers (a counter)."""
+    if not tensor.is_floating_point():
+        return beside
+    tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor                # of float8 torch does not know isfinite
+    return not tensor.isnan().any() if beside else bool(tensor.isfinite().all())
+
+
+def _digest(tensors: dict[str, Tensor], about: dict) -> str:
+    """SHA-256 of all that the weights file says, so that nothing in it changes unseen."""
+    digest = hashlib.sha256(json.dumps({key: value for key, value in about.items() if key != "digest"}, sort_keys=True).encode())
+    for key in sorted(tensors):
+        digest.update(f"{key} {tensors[key].dtype}".encode())
+        digest.update(tensors[key].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> tuple[Path, Path]:
+    """The two files; or what to do, where they are not there."""
+    config, weights = folder / CONFIG, folder / WEIGHTS
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; load_adapter takes the folder that holds {CONFIG} and {WEIGHTS}")
+    if not weights.exists() and (folder / "adapter_model.bin").exists():
+        raise ValueError(f"{folder} holds adapter_model.bin, a pickle, which could run code, and no {WEIGHTS}. If you trust it, make one of it: "
+                         "safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), 'adapter_model.safetensors')")
+    if folder.is_dir() and not config.exists() and not weights.exists():
+        below = sorted(file.parent.relative_to(folder).as_posix() for depth in ("*", "*/*") for file in folder.glob(f"{depth}/{CONFIG}"))
+        raise ValueError(f"{folder} holds no {CONFIG}" + (f"; folders in it do, load one of them: {', '.join(below)}" if below else ""))
+    return config, weights
+
+
+def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict]:
     try:
-        config = json.loads(file.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: not whole JSON ({error})") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-    if not isinstance(kind, str) or kind not in PEFT_TYPES:
-        raise ValueError(f"{file}: peft_type is {kind!r}; what can be loaded is {', '.join(map(repr, PEFT_TYPES))}")
-    form = PEFT_TYPES[kind]
-    allowed = ALLOWED | form.allowed
-    for field, value in config.items():
-        if field in allowed and value not in allowed[field]:
-            hint = ""
-            if field == "init_lora_weights" and str(value).startswith("pissa_niter"):
-                hint = (": the randomized SVD that altered its base cannot be repeated. In PEFT, "
-                        "save_pretrained(path_initial_model_for_weight_conversion=...) makes a LoRA of it, which loads here")
-            raise ValueError(f"{file}: {field} = {value!r} is not supported; it may be {allowed[field]}{hint}")
-        if field not in HARMLESS | form.read_fields | form.ignored_fields | {"peft_type", "target_modules"} | set(allowed) and value:
-            raise ValueError(f"{file}: {field} = {value!r} changes what the adapter means and is not supported")
-    return config
+        with safe_open(file, "pt") as opened:
+            about = json.loads((opened.metadata() or {}).get("minilora", "{}"))
+            if about != {}:
+                _check_metadata(about)
+            return {key: opened.get_tensor(key) for key in opened.keys()}, about
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file") from None
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: damaged or cut short ({error})") from None
 
 
-def _method(config: dict, file: Path) -> Method:
-    """The method that PEFT's fields describe."""
+def _check_metadata(about: object) -> None:
+    """Raises ValueError where an entry is missing or of another kind."""
+    if not isinstance(about, dict) or not {"method", "fields", "layers", "base"} <= about.keys():
+        raise ValueError("its metadata does not say which adapter this is")
+    extra = about.get("beside", {"trained": []})
+    trained = extra.get("trained") if isinstance(extra, dict) else None
+    for entry, value, kind in (("method", about["method"], str), ("layers", about["layers"], list), ("base", about["base"], str),
+                               ("others", about.get("others", {}), dict), ("beside", trained, list)):
+        if not isinstance(value, kind):
+            raise ValueError(f"the entry {entry!r} of its metadata is {about[entry]!r}")
+
+
+def _methods(config: dict, about: dict, layers: Collection[str], tensors: dict[str, Tensor], config_file: Path, weights_file: Path
+             ) -> dict[Method, list[str]]:
+    """The methods, and which layers have each: as PEFT's fields say, or as our metadata names them."""
     try:
-        return PEFT_TYPES[config["peft_type"]].method(config)
+        found = PEFT_TYPES[config["peft_type"]].methods(config, layers)
     except KeyError as error:
-        raise ValueError(f"{file}: the field {error} is missing") from None
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from None
-
-
-def _saved_method(about: dict, file: Path) -> Method:
-    """The method that the metadata names."""
+        raise ValueError(f"{config_file}: the field {error} is missing") from None
+    except (TypeError, ValueError, re.error) as error:
+        raise ValueError(f"{config_file}: {error}") from None
+    groups: dict[Method, list[str]] = {}
     try:
-        return METHODS[about["method"]](**about["fields"])
+        if about:
+            kinds, others = {kind.__name__: kind for kind in FORMATS}, about.get("others", {})
+            found = {name: kinds[said["method"]](**said["fields"]) for name in layers for said in [others.get(name, about)]}
+        for name, method in found.items():
+            groups.setdefault(method, []).append(name)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: its metadata names no method that is known here ({error}); was it saved by another version?") from None
+        raise ValueError(f"{weights_file}: its metadata names no method that is known here ({error}); was it saved by another version?") from None
+    return groups
+
+
+def _fresh(methods: dict[Method, list[str]], linears: dict[str, nn.Linear], config: dict, about: dict, tensors: dict[str, Tensor],
+           config_file: Path, weights_file: Path) -> dict[str, Adapter]:
+    """Adapters, ready to be filled and put in their places."""
+    made, by_layer = {}, _by_layer(linears, tensors)
+    try:
+        for method, names in methods.items():
+            for name in names:
+                FORMATS[type(method)].fits(method, by_layer[name])
+            made |= method.wrap({name: linears[name] for name in names})
+        wrapped = {name: made[name] for name in linears}
+        for form, layers in _by_form(wrapped, PEFTS_OWN if not about else FORMATS).items():
+            form.restore(layers, (about.get("state") or {}) if about else None, config, tensors)
+    except ValueError as error:
+        raise ValueError(f"{config_file}: {error}") from None
+    except (KeyError, TypeError):
+        raise ValueError(f"{weights_file}: its metadata lacks the state of {about['method']}; the file has been edited") from None
+    return wrapped
+
+
+def _by_layer(names: Collection[str], tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Each layer's tensors, by the end of their keys."""
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for key, tensor in tensors.items():
+        *parts, end = key.removeprefix(PREFIX).split(".")
+        if ".".join(parts) not in found:
+            *parts, before = parts or [""]
+            end = f"{before}.{end}"
+        if ".".join(parts) in found:
+            found[".".join(parts)][end] = tensor
+    return found
+
+
+def _compare(plain: nn.Module, wrapped: dict[str, Adapter], config: dict, about: dict, places: dict[str, str], any_base: bool,
+             config_file: Path, weights_file: Path) -> None:
+    """Raises ValueError where a folder of ours was made for another base, or its configuration is not the one that was written with its weights."""
+    written = _config(plain, wrapped, about.get("beside", {}), config.get("save_projection", True))
+    for field in sorted((config.keys() | written.keys()) - configuration.HARMLESS):
+        if (config.get(field) or None) != (written.get(field) or None):
+            raise _mixed_up(config_file, about, field, config.get(field), written.get(field))
+    base = _fingerprint(plain, wrapped, places.values())
+    if about["base"] != base and not any_base:
+        raise ValueError(f"{weights_file}: made for another base (fingerprint {about['base'][:12]}, this model's is "
+                         f"{base[:12]}); load the base it was trained on, or pass any_base=True")
 
 
 def _mixed_up(file: Path, about: dict, field: str, found: object, saved: object) -> ValueError:
@@ -238,43 +393,15 @@ def _mixed_up(file: Path, about: dict, field: str, found: object, saved: object)
                       f"{len(about['layers'])} layers: {field} is {found!r} here and was {saved!r}; the file has been edited or mixed up")
 
 
-def _layers(model: nn.Module, config: dict, file: Path) -> dict[str, nn.Linear]:
-    """The layers that target_modules means: names, or in a string a regular expression of whole names, or all Linears."""
-    targets = config.get("target_modules")
-    if any(True for _ in adapters(model)):
-        raise ValueError("load_adapter takes a plain model, and this one is adapted already: unload() or merge() it first")
-    if isinstance(targets, str):
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name]
-        if targets == "all-linear":
-            head = getattr(model, "get_output_embeddings", lambda: None)()
-            targets = [name for name in linears if model.get_submodule(name) is not head]
-        else:
-            targets = [name for name in linears if re.fullmatch(targets, name)]
-    if not isinstance(targets, list) or not targets:
-        raise ValueError(f"{file}: target_modules = {config.get('target_modules')!r} names no layer of this model")
-    try:
-        return find_targets(model, targets)
-    except ValueError as error:
-        raise ValueError(f"{file}: target_modules: {error}") from None
-
-
-def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict]:
-    try:
-        with safe_open(file, "pt") as opened:
-            about = json.loads((opened.metadata() or {}).get("minilora", "{}"))
-            if about and not (isinstance(about, dict) and {"method", "fields", "layers", "base"} <= about.keys()):
-                raise ValueError("its metadata does not say which adapter this is")
-            return {key: opened.get_tensor(key) for key in opened.keys()}, about
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file}: damaged or cut short ({error})") from None
-
-
-def _fill(form: LoRAFormat, wrapped: dict[str, Adapter], options: dict, tensors: dict[str, Tensor], file: Path) -> None:
-    """Copy each tensor to its place, after checking every one; then see that what was read is what would be written."""
-    expected = _tensors(form, wrapped, options)
-    for verb, keys in (("is missing", expected.keys() - tensors.keys()), ("is unexpected", tensors.keys() - expected.keys())):
+def _fill(plain: nn.Module, wrapped: dict[str, Adapter], places: dict[str, str], config: dict, about: dict, tensors: dict[str, Tensor],
+          file: Path) -> dict[str, Tensor]:
+    """Copy each tensor to its place in the adapters, after checking every one; then see that what was read is what would be written.
+    Returns the tensors that are to stand beside the adapters, by their names in the plain model."""
+    forms, projection, model = FORMATS if about else PEFTS_OWN, config.get("save_projection", True), plain.state_dict()
+    beside = {key: model[name] for key, name in places.items()}
+    expected = _tensors(wrapped, forms, projection) | beside
+    unexpected = {key for key in tensors.keys() - expected.keys() if not (places and key.endswith(PEFTS_COPIES))}
+    for verb, keys in (("is missing", expected.keys() - tensors.keys()), ("is unexpected", unexpected)):
         if keys:
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
             raise ValueError(f"{file}: the tensor {min(keys)} {verb}{more}")
@@ -282,12 +409,19 @@ def _fill(form: LoRAFormat, wrapped: dict[str, Adapter], options: dict, tensors:
         if tensors[key].shape != place.shape:
             raise ValueError(f"{file}: {key} has shape {tuple(tensors[key].shape)}; "
                              f"this model and configuration need {tuple(place.shape)}")
-        if not tensors[key].is_floating_point() or not tensors[key].isfinite().all():
+        if not _is_sound(tensors[key], beside=key in beside and tensors[key].is_floating_point() == place.is_floating_point()):
             raise ValueError(f"{file}: {key} holds values that are not finite numbers")
-    for name, layer in wrapped.items():
-        form.read(layer, {end: tensors[f"{PREFIX}{name}.{end}"] for end in form.write(layer)})
-    for key, now in _tensors(form, wrapped, options).items():
+    for name, own in _by_layer(wrapped, tensors).items():
+        layer, form = wrapped[name], forms[type(wrapped[name].method)]
+        dtype = next(iter(own.values())).dtype
+        if about and dtype in DTYPES.values():
+            form.cast(layer, dtype)
+        form.read(layer, own)
+    for key, now in _tensors(wrapped, forms, projection).items():
         now, saved = now.cpu(), tensors[key]
         same = torch.equal(now, saved) if now.dtype == saved.dtype else torch.allclose(now.float(), saved.float(), rtol=1e-2, atol=1e-6)
         if not same:
             raise ValueError(f"{file}: {key} is not what this configuration makes it: it has been edited, or comes from another seed")
+    if about.get("digest", "") not in ("", _digest(tensors, about)):
+        raise ValueError(f"{file}: not as it was written: a number or an entry of its metadata has changed; it is damaged, or was edited")
+    return {name: tensors[key] for key, name in places.items()}
