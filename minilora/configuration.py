@@ -40,7 +40,6 @@ KINDS = {                                             # null may stand for all o
     "layers_pattern": lambda value: isinstance(value, str) or _names(value),
     "layers_to_transform": lambda value: _number(value) or isinstance(value, list) and all(map(_number, value)),
     "modules_to_save": _names,
-    "alpha_pattern": lambda value: isinstance(value, dict) and all(map(_number, value.values())),
 }
 
 
@@ -80,7 +79,10 @@ def layers_meant(plain: nn.Module, config: dict, file: Path, peft_made: bool) ->
         raise ValueError("load_adapter takes a plain model, and this one is adapted already: unload() or merge() it first")
     linears = {name: module for name, module in plain.named_modules() if isinstance(module, nn.Linear) and name}
     head = getattr(plain, "get_output_embeddings", lambda: None)()
-    chosen = {name: linear for name, linear in linears.items() if _is_meant(name, linear is head, config, peft_made)}
+    try:
+        chosen = {name: linear for name, linear in linears.items() if _is_meant(name, linear is head, config, peft_made)}
+    except (re.error, OverflowError) as error:
+        raise ValueError(f"{file}: target_modules, or another of its names, is no regular expression ({error})") from None
     try:
         if not chosen and isinstance(config.get("target_modules"), list) and config["target_modules"]:
             find_targets(plain, config["target_modules"])                             # says what there is, where a name matches nothing

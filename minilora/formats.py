@@ -328,7 +328,7 @@ class VeRAFormat(LoRAFormat):
             for M in (first.A, first.B):                                              # the same two in every layer
                 M.data = M.data.to(DTYPES[state["dtype"]])
         saved = [tensors.get(f"base_model.vera_{M}") for M in "AB"]
-        if all(M is not None and M.shape == drawn.shape for M, drawn in zip(saved, (first.A, first.B))) and state["projections"] == digest(*saved):
+        if all(M is not None and M.is_floating_point() and M.shape == drawn.shape for M, drawn in zip(saved, (first.A, first.B))) and state["projections"] == digest(*saved):
             first.A.copy_(saved[0])
             first.B.copy_(saved[1])
         elif state["projections"] != digest(first.A, first.B):
@@ -343,6 +343,8 @@ def digest(A: Tensor, B: Tensor) -> str:
 def by_pattern(config: dict, field: str, name: str, usual: object) -> object:
     """PEFT's rule: the first key that is, as a regular expression, the layer's name or the end of it; else what the other layers have."""
     patterns = config.get(field) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{field} must hold a number for each expression, got {patterns!r}")
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), usual)
 
 

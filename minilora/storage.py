@@ -317,7 +317,7 @@ def _check_metadata(about: object) -> None:
     extra = about.get("beside", {"trained": []})
     trained = extra.get("trained") if isinstance(extra, dict) else None
     for entry, value, kind in (("method", about["method"], str), ("layers", about["layers"], list), ("base", about["base"], str),
-                               ("others", about.get("others", {}), dict), ("beside", trained, list)):
+                               ("state", about.get("state") or {}, dict), ("others", about.get("others", {}), dict), ("beside", trained, list)):
         if not isinstance(value, kind):
             raise ValueError(f"the entry {entry!r} of its metadata is {about[entry]!r}")
 
@@ -329,7 +329,7 @@ def _methods(config: dict, about: dict, layers: Collection[str], tensors: dict[s
         found = PEFT_TYPES[config["peft_type"]].methods(config, layers)
     except KeyError as error:
         raise ValueError(f"{config_file}: the field {error} is missing") from None
-    except (TypeError, ValueError, re.error) as error:
+    except (TypeError, ValueError, OverflowError, re.error) as error:
         raise ValueError(f"{config_file}: {error}") from None
     groups: dict[Method, list[str]] = {}
     try:
@@ -357,8 +357,9 @@ def _fresh(methods: dict[Method, list[str]], linears: dict[str, nn.Linear], conf
             form.restore(layers, (about.get("state") or {}) if about else None, config, tensors)
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}") from None
-    except (KeyError, TypeError):
-        raise ValueError(f"{weights_file}: its metadata lacks the state of {about['method']}; the file has been edited") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{weights_file}: its metadata lacks the state of {about['method']}; the file has been edited" if about else
+                         f"{config_file}: its fields make no sense together ({error})") from None
     return wrapped
 
 
