@@ -281,8 +281,9 @@ class VeRAFormat(LoRAFormat):
                                          dropout=float(config.get("vera_dropout", 0.0))))
 
     def fits(self, method: VeRA, tensors: dict[str, Tensor]) -> None:
-        if len(tensors.get("vera_lambda_d", [None] * method.rank)) != method.rank:
-            raise ValueError(f"the rank is {method.rank}, and vera_lambda_d in the weights file has {len(tensors['vera_lambda_d'])} numbers")
+        d = tensors.get("vera_lambda_d")
+        if d is not None and d.numel() != method.rank:
+            raise ValueError(f"the rank is {method.rank}, and vera_lambda_d in the weights file has {d.numel()} numbers")
 
     def rank(self, layer: Adapter) -> int:
         return len(layer.d)

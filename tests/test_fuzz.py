@@ -26,7 +26,7 @@ FIELDS = ["rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transfo
 
 def small():
     torch.manual_seed(0)
-    return ml.TinyGPT(ml.GPTConfig(vocab_size=16, context=8, width=8, layers=3, heads=2))
+    return ml.TinyGPT(ml.GPTConfig(vocab_size=16, context=8, width=8, layers=2, heads=2))
 
 
 def batches(step):

@@ -1,16 +1,20 @@
 """Adapters on disk: what is written, that it comes back bit for bit, and that nothing broken or foreign gets in."""
 
+import copy
 import json
 import os
 import pickle
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 import minilora as ml
+from minilora import formats
 from minilora.storage import base_fingerprint, load_checkpoint, save_checkpoint, write_atomically
 
 METHOD = ml.LoRA(rank=3, alpha=5, dropout=0.25)
@@ -210,6 +214,300 @@ def test_a_missing_field_is_named(saved, field):
     del config[field]
     (saved[0] / CONFIG).write_text(json.dumps(config))
     refused(saved[0], field)
+
+
+def not_saved(model, match, folder):
+    with pytest.raises(ValueError, match=match):
+        ml.save_adapter(model, folder)
+    assert not folder.exists()
+
+
+def in_parts(*methods):
+    """Each block of small() with a method of its own; awake."""
+    model, dice = small(), torch.Generator().manual_seed(4)
+    for method, block in zip(methods, model.blocks):
+        ml.adapt(block, method, ["q_proj", "down_proj"])
+    model.requires_grad_(False)
+    with torch.no_grad():
+        for _, layer in ml.adapters(model):
+            for name, parameter in layer.named_parameters():
+                if not name.startswith("base."):
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=dice))
+    return model.eval()
+
+
+@pytest.mark.parametrize("methods", [
+    (ml.LoRA(2, alpha=3), ml.LoRA(4, alpha=32)), (ml.LoRA(3, alpha=2.5), ml.LoRA(3, alpha=2.5, rslora=True)), (ml.DoRA(2), ml.DoRA(3)),
+    (ml.PiSSA(2), ml.LoRAPlus(3, ratio=4)), (ml.LoRAFA(2), ml.DeltaLoRA(2)), (ml.QLoRA(2), ml.LoRA(2, dropout=0.5)),
+], ids=lambda methods: " ".join(type(method).__name__ for method in methods))
+def test_layers_with_methods_of_their_own_come_back(methods, tmp_path, ids):
+    model = in_parts(*methods)
+    first = ml.save_adapter(model, tmp_path / "first")
+    loaded = ml.load_adapter(small(), first)
+    assert torch.equal(loaded(ids), model(ids))
+    assert [layer.method for _, layer in ml.adapters(loaded)] == [method for method in methods for _ in range(2)]
+    second = ml.save_adapter(loaded, tmp_path / "second")
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in (CONFIG, WEIGHTS))
+
+
+@pytest.mark.parametrize("methods, says", [
+    ((ml.LoRA(2), ml.DoRA(2)), "blocks.1.attention.q_proj has a DoRA and blocks.0.attention.q_proj none"),
+    ((ml.AdaLoRA(3, 3), ml.AdaLoRA(2, 2)), "blocks.1.attention.q_proj has AdaLoRA.initial_rank=2.*cannot share a folder"),
+    ((ml.VeRA(3), ml.LoRA(3)), "cannot share a folder"), ((ml.LoRA(2), ml.LoRADrop(2)), "cannot share a folder"),
+])
+def test_methods_that_one_folder_cannot_hold_are_refused_by_name(methods, says, tmp_path, ids):
+    model = in_parts(*methods)
+    not_saved(model, says, tmp_path / "together")
+    apart = small()
+    for i, block in enumerate(model.blocks):                          # what the message says to do
+        ml.load_adapter(apart.blocks[i], ml.save_adapter(block, tmp_path / str(i)))
+    assert torch.equal(apart.eval()(ids), model(ids))
+
+
+def test_projections_drawn_in_parts_are_refused(tmp_path, wake):
+    model = small()
+    ml.adapt(model.blocks[0], ml.VeRA(4), ["q_proj"])
+    ml.adapt(model.blocks[1], ml.VeRA(4), ["up_proj"])
+    not_saved(model, "hold different projections", tmp_path / "a")
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda layer: setattr(layer, "scale", 0.1), "blocks.0.attention.q_proj: its scale is 0.1"),
+    (lambda layer: setattr(layer, "gate", nn.Parameter(torch.ones(1))), "blocks.0.attention.q_proj: it has gate"),
+    (lambda layer: setattr(layer, "A", nn.Parameter(torch.ones(2, 16))), "has rank 2, and its method says 3"),
+    (lambda layer: layer.B.data[0].fill_(float("nan")), "blocks.0.attention.q_proj.lora_B.weight holds values that are not finite"),
+], ids=["scale", "a tensor more", "rank", "nan"])
+def test_a_layer_that_would_come_back_as_another_is_refused(saved, tmp_path, change, says):
+    change(next(layer for _, layer in ml.adapters(saved[1])))
+    not_saved(saved[1], says, tmp_path / "again")
+
+
+@dataclass(frozen=True)
+class Mine(ml.LoRA):
+    pass
+
+
+class MyLinear(ml.LoRALinear):
+    pass
+
+
+@dataclass(frozen=True)
+class Layered(ml.LoRA):
+    def layer(self, linear):
+        return MyLinear(linear, self)
+
+
+def test_a_method_of_ones_own_is_told_what_to_do_and_that_works(tmp_path, wake, ids, monkeypatch):
+    model = wake(ml.adapt(small(), Mine(3)))
+    not_saved(model, r"q_proj: Mine has no form on disk.*FORMATS\[Mine\] = LoRAFormat\(\)", tmp_path / "a")
+    monkeypatch.setitem(formats.FORMATS, Mine, formats.LoRAFormat())
+    loaded = ml.load_adapter(small(), ml.save_adapter(model, tmp_path / "a"))
+    assert torch.equal(loaded(ids), model.eval()(ids)) and type(next(ml.adapters(loaded))[1].method) is Mine
+    monkeypatch.setitem(formats.FORMATS, Layered, formats.LoRAFormat())
+    not_saved(ml.adapt(small(), Layered(3)), "it is a MyLinear, and Layered makes a LoRALinear", tmp_path / "b")
+
+
+def with_head(model, wake):
+    """small() adapted, awake, whose head and first norm are trained too."""
+    model = wake(ml.adapt(model, METHOD, ["q_proj"]))
+    with torch.no_grad():
+        for parameter in (model.head.weight, model.blocks[0].mlp_norm.bias):
+            parameter.requires_grad_(True).add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(6)))
+    return model
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_trained_beside_the_adapters_comes_back(tmp_path, wake, ids, frozen):
+    model = with_head(small(), wake).eval()
+    if frozen:
+        model.requires_grad_(False)
+    first = ml.save_adapter(model, tmp_path / "first")
+    assert json.loads((first / CONFIG).read_text())["modules_to_save"] == ["blocks.0.mlp_norm", "head"]
+    loaded = ml.load_adapter(small(), first)
+    assert torch.equal(loaded(ids), model(ids)) and ml.trainable_parameters(loaded) == 0
+    second = ml.save_adapter(loaded, tmp_path / "second")
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in (CONFIG, WEIGHTS))
+    again = ml.load_adapter(small(), second, trainable=True)
+    assert ml.trainable_parameters(again) == (2 * 3 * 32 if frozen else ml.trainable_parameters(model))
+    assert again.training                                             # to be trained on: the mode stays
+
+
+def test_the_base_speaks_and_comes_back_also_where_a_head_was_loaded(tmp_path, wake, ids):
+    folder, base = ml.save_adapter(with_head(small(), wake), tmp_path), small().eval()
+    loaded = ml.load_adapter(small(), folder)
+    adapted, copied = loaded(ids), copy.deepcopy(loaded)
+    for model in (loaded, copied):
+        with ml.disabled(model):
+            assert torch.equal(model(ids), base(ids))
+        assert torch.equal(model(ids), adapted)
+        ml.unload(model)
+        assert list(model.state_dict()) == list(base.state_dict()) and all(torch.equal(t, base.state_dict()[n]) for n, t in model.state_dict().items())
+    merged = ml.merge(ml.load_adapter(small(), folder))
+    assert torch.allclose(merged(ids), adapted, atol=1e-5) and not torch.equal(merged.head.weight, base.head.weight)
+
+
+def test_the_fingerprint_does_not_see_what_is_saved_beside(tmp_path, wake):
+    folder, other = ml.save_adapter(with_head(small(), wake), tmp_path), small()
+    nn.init.zeros_(other.head.weight)
+    assert list(ml.adapters(ml.load_adapter(other, folder)))          # its own head is not needed
+    other = small()
+    nn.init.zeros_(other.norm.weight)
+    refused(folder, "made for another base", other)
+
+
+def test_a_tied_head_stays_tied(tmp_path, wake, ids):
+    def tied():
+        model = small()
+        model.head.weight = model.token_embedding.weight
+        return model
+
+    model = with_head(tied(), wake).eval()
+    loaded = ml.load_adapter(tied(), ml.save_adapter(model, tmp_path), trainable=True).eval()
+    assert torch.equal(loaded(ids), model(ids)) and loaded.head.weight is loaded.token_embedding.weight
+    assert ml.unload(loaded).head.weight is loaded.token_embedding.weight and torch.equal(loaded(ids), tied().eval()(ids))
+
+
+def test_a_trained_tensor_that_pefts_format_has_no_place_for_is_named(tmp_path):
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift, self.body = nn.Parameter(torch.zeros(8)), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    model = ml.adapt(Shifted(), ml.LoRA(2), ["body.0"])
+    model.shift.requires_grad_(True)
+    not_saved(model, "shift is trained, or has moved, and belongs to the model itself", tmp_path / "a")
+
+
+class Centred(nn.Module):
+    """Keeps a running mean and a count, as a BatchNorm does; neither is a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("seen", torch.tensor(0))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+            self.seen += 1
+        return x - self.mean
+
+
+@pytest.mark.parametrize("norm", [Centred, lambda: nn.BatchNorm1d(8), lambda: nn.Sequential(nn.BatchNorm1d(8), Centred())])
+def test_buffers_that_move_in_training(norm, tmp_path, wake):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), norm(), nn.Linear(8, 5))
+
+    model, x = wake(ml.adapt(build(), ml.LoRA(2), ["0", "2"])).train(), torch.randn(7, 6, generator=torch.Generator().manual_seed(1)) + 2
+    untouched = ml.save_adapter(model, tmp_path / "untouched")
+    assert json.loads((untouched / CONFIG).read_text())["modules_to_save"] is None
+    for _ in range(3):
+        model(x)
+    model.eval()
+    loaded = ml.load_adapter(build(), ml.save_adapter(model, tmp_path / "a"))
+    assert torch.equal(loaded(x), model(x))
+    for one in (model, loaded):
+        with ml.disabled(one):
+            assert torch.equal(one(x), build().eval()(x))
+        assert all(torch.equal(tensor, build().state_dict()[name]) for name, tensor in ml.unload(one).state_dict().items())
+
+
+WRAPS = {"compiled": lambda model: torch.compile(model, backend="eager"), "DataParallel": nn.DataParallel, "averaged": torch.optim.swa_utils.AveragedModel,
+         "both": lambda model: torch.compile(nn.DataParallel(model), backend="eager")}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
+def test_a_wrapped_model_is_saved_as_the_plain_one_and_loaded_onto(wrap, tmp_path, wake, ids):
+    model = with_head(small(), wake).eval()
+    plain, wrapped = ml.save_adapter(model, tmp_path / "plain"), ml.save_adapter(wrap(model), tmp_path / "wrapped")
+    assert all((plain / name).read_bytes() == (wrapped / name).read_bytes() for name in (CONFIG, WEIGHTS))
+    assert base_fingerprint(wrap(model)) == base_fingerprint(model)
+    onto = wrap(small())
+    assert ml.load_adapter(onto, plain) is onto and torch.equal(onto(ids), model(ids)) and not onto.training
+    again = wake(ml.adapt(wrap(small()), METHOD, ["q_proj"])).eval()       # adapted while it is wrapped
+    assert torch.equal(ml.load_adapter(small(), ml.save_adapter(again, tmp_path / "again"))(ids), again(ids))
+
+
+def test_a_part_that_is_wrapped(saved, tmp_path, ids):
+    folder, model = saved
+    model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+    model.blocks[0].mlp = nn.DataParallel(model.blocks[0].mlp)
+    part, mlp = model.blocks[1], model.blocks[0].mlp
+    again = ml.save_adapter(model, tmp_path / "again")
+    assert (again / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes() and model.blocks[1] is part and model.blocks[0].mlp is mlp
+
+
+@pytest.mark.parametrize("layer", ["0", "1.0"])
+def test_a_name_that_is_the_end_of_another(layer, tmp_path, wake):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 3)))
+
+    model = build()
+    part = model if layer == "0" else model[1]
+    ml.adapter.install(part, METHOD.wrap({"0": part[0]}))
+    model.requires_grad_(False)
+    loaded = ml.load_adapter(build(), ml.save_adapter(wake(model), tmp_path))
+    x = torch.randn(2, 8)
+    assert [name for name, _ in ml.adapters(loaded)] == [layer] and torch.equal(loaded(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("method", [ml.VeRA(20), ml.LoRA(3), ml.DoRA(3), ml.PiSSA(3), ml.AdaLoRA(3, 3)], ids=lambda method: type(method).__name__)
+def test_an_adapter_cast_to_16_bits_with_its_model(method, tmp_path, wake, ids):
+    model = wake(ml.adapt(small(), method)).to(torch.bfloat16).eval()
+    loaded = ml.load_adapter(small().to(torch.bfloat16), ml.save_adapter(model, tmp_path))
+    assert torch.equal(loaded(ids), model(ids))
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def test_projections_that_the_seed_does_not_draw(tmp_path, wake, ids):
+    """Rounded once, and widened again: the file can hold them, the seed alone cannot."""
+    def build():
+        return small().to(torch.bfloat16).float()
+
+    model = wake(ml.adapt(small(), ml.VeRA(20))).to(torch.bfloat16).float().eval()
+    assert torch.equal(ml.load_adapter(build(), ml.save_adapter(model, tmp_path / "a"))(ids), model(ids))
+    with pytest.raises(ValueError, match="save with projection=True"):
+        ml.save_adapter(model, tmp_path / "b", projection=False)
+
+
+def test_loaded_means_ready_to_be_used(saved, ids):
+    loaded = ml.load_adapter(small().train(), saved[0])
+    assert torch.equal(loaded(ids), loaded(ids)) and not any(module.training for module in loaded.modules())
+
+
+def test_one_number_edited_in_our_file_is_noticed(saved):
+    edit_tensors(saved[0], lambda tensors: tensors[KEY].view(-1)[3].add_(1e-3))
+    assert WEIGHTS in refused(saved[0], "not as it was written")
+
+
+def test_a_pickle_beside_the_configuration_is_told_from_nothing(saved):
+    (saved[0] / WEIGHTS).rename(saved[0] / "adapter_model.bin")
+    refused(saved[0], r"holds adapter_model.bin, a pickle.*save_file\(torch.load")
+
+
+def test_folders_in_the_folder_are_named(saved, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("checkpoint-100", "checkpoint-200"):
+        ml.save_adapter(saved[1], tmp_path / "run" / name)
+    refused(tmp_path / "run", "load one of them: checkpoint-100, checkpoint-200")
+    refused(saved[0] / WEIGHTS, "is a file; load_adapter takes the folder")
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda: ml.quantize(small()), "codes: a layer is in four bits"), (lambda: ml.quantize(small(), ["head"]), "head.codes: a layer is in four bits"),
+    (lambda: ml.adapt(small(), METHOD), "it has adapters"),
+])
+def test_a_whole_model_that_could_not_be_read_back_is_not_saved(make, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        ml.storage.save_model(make(), tmp_path / "model.safetensors")
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_compiled_whole_model_is_saved_as_the_plain_one(tmp_path, ids):
+    ml.storage.save_model(torch.compile(small(), backend="eager"), tmp_path / "model.safetensors")
+    assert torch.equal(ml.load_base(tmp_path / "model.safetensors")(ids), small()(ids))
 
 
 def test_a_save_killed_at_any_moment_leaves_the_old_file_or_the_new(tmp_path):

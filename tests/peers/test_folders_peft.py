@@ -1,4 +1,5 @@
 """Adapter folders of every method, both ways: saved here and loaded in PEFT, saved by PEFT and loaded here; on the tiny GPT and a Llama.
+Layers of their own ranks and alphas; heads, norms and biases that are trained too; every way in which PEFT names layers: also on a BERT, a T5, a CNN.
 
 The same function is asked for, in float64 to 1e-10; and that PEFT reads our folder without a word of warning.
 """
@@ -197,3 +198,177 @@ def test_the_warning_about_adaloras_pattern_is_pefts_own(tmp_path):
     for folder in ("theirs", "ours"):
         with pytest.warns(RuntimeWarning, match="rank_pattern keys did not match"):
             peft.PeftModel.from_pretrained(llama(), tmp_path / folder)
+
+
+def bert():
+    torch.manual_seed(0)
+    return lively(transformers.BertForSequenceClassification(transformers.BertConfig(
+        vocab_size=256, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40, num_labels=3))).double()
+
+
+def t5():
+    torch.manual_seed(0)
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=256, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=3, decoder_start_token_id=0)).double()
+
+
+def cnn():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
+
+
+@torch.no_grad()
+def said(model):
+    """What any of these models says."""
+    model.eval()
+    kind = type(getattr(model, "base_model", model) if not isinstance(model, peft.PeftModel) else model.base_model.model)
+    ids = batches(99)[0].contiguous()
+    if kind is nn.Sequential:
+        return model(torch.linspace(-1, 1, 256, dtype=torch.float64).view(4, 1, 8, 8))
+    out = model(input_ids=ids, labels=ids) if kind is transformers.T5ForConditionalGeneration else model(ids)
+    return getattr(out, "logits", out)
+
+
+def stirred(model, *also):
+    """Every adapter, and these tensors beside them, away from where they started."""
+    dice = torch.Generator().manual_seed(3)
+    own = [p for _, layer in ml.adapters(model) for name, p in layer.named_parameters() if not name.startswith("base.") and name not in ("A_0", "B_0")]
+    with torch.no_grad():
+        for p in (*own, *also):
+            p.add_(0.2 * torch.randn(p.shape, generator=dice, dtype=torch.float64))
+    return model
+
+
+def both_ways(model, build, tmp_path):
+    """It comes back here, and is the same function in PEFT; and again here, from the folder that PEFT then writes."""
+    ours = said(model)
+    ml.save_adapter(model, tmp_path / "ours")
+    assert torch.equal(said(ml.load_adapter(build(), tmp_path / "ours")), ours)
+    theirs = peft.PeftModel.from_pretrained(build(), tmp_path / "ours")
+    assert (said(theirs) - ours).abs().max() < 1e-10 < 1e-2 < (said(build()) - ours).abs().max()
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert (said(ml.load_adapter(build(), tmp_path / "theirs")) - ours).abs().max() < 1e-10
+    return json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+
+
+@pytest.mark.parametrize("methods", [
+    [ml.LoRA(2, alpha=3), ml.LoRA(4, alpha=32)], [ml.LoRA(2, alpha=3), ml.LoRA(2, alpha=3, rslora=True)], [ml.DoRA(3, alpha=2), ml.DoRA(2, alpha=7)],
+    [ml.PiSSA(2), ml.LoRAPlus(3)], [ml.LoRAFA(2), ml.LoRA(2, dropout=0.5)],
+], ids=["rank and alpha", "one rslora", "DoRA", "PiSSA and LoRA+", "LoRA-FA and dropout"])
+def test_layers_of_their_own(methods, tmp_path):
+    model = bert()
+    for method, layer in zip(methods, model.bert.encoder.layer):
+        ml.adapt(layer, method, ["query", "output.dense"])
+    model.requires_grad_(False)
+    config = both_ways(stirred(model), bert, tmp_path)
+    assert config["modules_to_save"] is None and config["bias"] == "none"
+
+
+def test_what_is_trained_beside_the_adapters(tmp_path):
+    for at, (build, targets, beside, expected) in enumerate([
+        (bert, ["query"], ["classifier."], ("none", ["classifier"])),
+        (bert, ["query"], ["classifier.bias", "pooler.dense.bias"], ("none", ["bert.pooler.dense", "classifier"])),
+        (bert, ["query", "value"], ["query.bias"], ("lora_only", None)),
+        (llama, ["q_proj"], ["bias"], ("all", None)),
+        (llama, ["q_proj", "up_proj"], ["norm", "embed_tokens", "q_proj.bias"], ("lora_only", [
+            "model.embed_tokens", *(f"model.layers.{i}.{norm}_layernorm" for i in range(3) for norm in ("input", "post_attention")), "model.norm"])),
+        (tiny_gpt, ["q_proj"], ["head", "position_embedding"], ("none", ["head", "position_embedding"])),
+        (tiny_gpt, ["down_proj"], ["blocks.1.mlp_norm.weight", "norm."], None),
+    ]):
+        model = ml.adapt(build(), ml.LoRA(3, alpha=5), targets)
+        also = [p for name, p in model.named_parameters() if any(part in name.replace(".base.", ".") for part in beside)]
+        for p in also:
+            p.requires_grad_(True)
+        config = both_ways(stirred(model, *also), build, tmp_path / str(at))
+        assert expected is None or (config["bias"], config["modules_to_save"]) == expected, beside
+
+
+@pytest.mark.parametrize("method", [ml.VeRA(8), ml.AdaLoRA(3, 3), ml.DoRA(2), ml.PiSSA(2)], ids=lambda method: type(method).__name__)
+def test_a_head_and_biases_with_other_methods(method, tmp_path):
+    model = ml.adapt(bert(), method, ["query"])
+    also = [*model.classifier.parameters(), *(layer.bias for _, layer in ml.adapters(model))]
+    for p in also:
+        p.requires_grad_(True)
+    assert both_ways(stirred(model, *also), bert, tmp_path)["bias"] == ("vera_only" if isinstance(method, ml.VeRA) else "lora_only")
+
+
+def test_running_statistics(tmp_path):
+    model = ml.adapt(cnn(), ml.LoRA(2), ["4"]).train()
+    for step in range(3):
+        model(torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64))
+    assert both_ways(stirred(model), cnn, tmp_path)["modules_to_save"] == ["1", "5"]
+
+
+def test_names_that_are_the_ends_of_others(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 8), nn.Tanh())).double()
+
+    model = ml.adapt(build(), ml.LoRA(2), ["2"])
+    assert both_ways(stirred(model), build, tmp_path)["target_modules"] == "2"
+
+
+@pytest.mark.parametrize("build, fields", [
+    (llama, dict(target_modules=["q_proj", "v_proj"], exclude_modules=r".*layers\.0.*v_proj")),
+    (bert, dict(target_modules=["query", "value"], exclude_modules=["layer.0.attention.self.query"])),
+    (llama, dict(target_modules=["q_proj"], layers_to_transform=[0, 2], layers_pattern="layers")),
+    (bert, dict(target_modules=["query"], layers_to_transform=1)),
+    (t5, dict(target_modules=["q"], layers_to_transform=[0], layers_pattern=["layer", "block"])),
+    (llama, dict(target_modules=["q_proj", "up_proj"], rank_pattern={r"layers\.1\..*q_proj": 2, "up_proj": 3, "proj": 1},
+                 alpha_pattern={"up_proj": 7, "^model.layers.0.self_attn.q_proj": 1})),
+    (tiny_gpt, dict(target_modules=["q_proj", "up_proj"], use_dora=True, use_rslora=True, rank_pattern={"up_proj": 3})),
+    (llama, dict(target_modules=["q_proj", "query", "c_attn"])),
+    (llama, dict(target_modules=["q_proj"], init_lora_weights="orthogonal")),
+    (bert, dict(target_modules=["query"], modules_to_save=["classifier", "score"])),
+    (tiny_gpt, dict(target_modules=["q_proj"], modules_to_save=["norm"])),
+    (tiny_gpt, dict(target_modules=["q_proj"], bias="all")),
+    (bert, dict(target_modules=["query"], bias="all", modules_to_save=["classifier"])),
+    (llama, dict(target_modules=["q_proj"], bias="lora_only")),
+    (t5, dict(target_modules=["q"], modules_to_save=["lm_head"])),
+    (cnn, dict(target_modules=["4"], modules_to_save=["5", "6"])),
+], ids=lambda value: value.__name__ if callable(value) else " ".join(value))
+def test_whatever_names_pefts_layers(build, fields, tmp_path):
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(build(), peft.LoraConfig(r=4, lora_alpha=5, **fields))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(0.2 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path)
+    ours = ml.load_adapter(build(), tmp_path)
+    assert (said(ours) - said(theirs)).abs().max() < 1e-10 < 1e-3 < (said(ours) - said(build())).abs().max()
+    with ml.disabled(ours):
+        assert torch.equal(said(ours), said(build()))
+    assert torch.equal(said(ml.unload(ours)), said(build()))
+
+
+def test_a_start_by_mica(tmp_path):
+    theirs = peft.get_peft_model(llama(torch.float32), peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="mica"))
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_A" in name:
+                p.normal_(std=0.2)
+    theirs.save_pretrained(tmp_path)
+    assert (said(ml.load_adapter(llama(torch.float32), tmp_path)) - said(theirs)).abs().max() < 1e-5
+
+
+def test_a_start_by_eva(tmp_path):
+    """It hands out ranks by the data and scales alpha with them, layer by layer; W stays."""
+    config = peft.LoraConfig(r=4, lora_alpha=5, target_modules=["q_proj", "v_proj"], init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0))
+    theirs = peft.get_peft_model(llama(torch.float32), config)
+    peft.initialize_lora_eva_weights(theirs, [{"input_ids": batches(step)[0]} for step in range(8)], show_progress_bar=False)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.2)
+    theirs.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"]
+    assert (said(ml.load_adapter(llama(torch.float32), tmp_path)) - said(theirs)).abs().max() < 1e-5
+
+
+def test_a_shallower_models_folder_is_no_adapter_of_a_deeper_one(tmp_path):
+    peft.get_peft_model(bert(), peft.LoraConfig(r=2, target_modules=["query"])).save_pretrained(tmp_path)
+    deep = transformers.BertForSequenceClassification(transformers.BertConfig(
+        vocab_size=256, hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=40))
+    with pytest.raises(ValueError, match="layer.2.attention.self.query.lora_A.weight is missing"):
+        ml.load_adapter(deep, tmp_path)
