@@ -97,7 +97,7 @@ class LoRAFormat:
         """Bring fresh layers into that state (None: PEFT wrote the folder), so that they have the file's tensors. Raises as `methods` does."""
 
     def fits(self, method: Method, tensors: dict[str, Tensor]) -> None:
-        """Raises ValueError where one layer's tensors in the file rule this method out. Before the layers are made, for methods of no rank too large."""
+        """Raises ValueError where one layer's tensors in the file rule this method out; before layers are made, of whatever size it says."""
 
     def cast(self, layer: Adapter, dtype: torch.dtype) -> None:
         """Bring a layer of ours to the dtype it was saved in."""
@@ -312,12 +312,11 @@ class VeRAFormat(LoRAFormat):
         A, B = first[1].A, first[1].B
         widest, tallest = (max(getattr(layer, side) for layer in layers.values()) for side in ("in_features", "out_features"))
         for name, layer in others:
-            if not (torch.equal(layer.A, A) and torch.equal(layer.B, B)):
+            if not (layer.A is A or torch.equal(layer.A, A)) or not (layer.B is B or torch.equal(layer.B, B)):
                 raise ValueError(f"{name} and {first[0]} hold different projections A and B, and VeRA has one for all: adapt all layers together")
         if (A.shape[1], len(B)) != (widest, tallest):
             raise ValueError(f"A and B were drawn for wider layers than those that are left, {A.shape[1]} -> {len(B)} and not {widest} -> {tallest}")
-        drawn = [M.to(A) for M in first[1].method.projections(widest, tallest)]
-        if not projection and not (torch.equal(drawn[0], A) and torch.equal(drawn[1], B)):
+        if not projection and not all(torch.equal(drawn.to(M), M) for drawn, M in zip(first[1].method.projections(widest, tallest), (A, B))):
             raise ValueError("A and B are not what this seed draws, so the seed alone does not bring them back; save with projection=True")
         return {"projections": digest(A, B), "dtype": str(A.dtype).removeprefix("torch.")}
 

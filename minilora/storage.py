@@ -44,7 +44,7 @@ def save_adapter(model: nn.Module, folder: str | Path, projection: bool = True) 
     config, about, tensors = _content(model, projection)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / WEIGHTS, _packed(tensors, {"format": "pt", "minilora": about}))
+    write_atomically(folder / WEIGHTS, packed(tensors, {"format": "pt", "minilora": about}))
     write_atomically(folder / CONFIG, config)
     return folder
 
@@ -123,7 +123,7 @@ def save_model(model: TinyGPT, path: str | Path) -> None:
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{path}: {name} holds values that are not finite numbers")
-        write_atomically(path, _packed(tensors, model_metadata(plain)))
+        write_atomically(path, packed(tensors, model_metadata(plain)))
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
@@ -176,7 +176,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         os.close(directory)
 
 
-def _packed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+def packed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
     """A safetensors file, its header sorted: the library orders metadata at random, and equal adapters should be equal files."""
     content = safetensors.torch.save(tensors, metadata)
     size = int.from_bytes(content[:8], "little")                            # the header's length, then the header, then the data

@@ -95,11 +95,10 @@ def flops(run: Callable[[], Tensor]) -> tuple[int, int]:
 
 def disk_bytes(model: nn.Module) -> int:
     """What is written of it: the adapter's folder, or after full fine-tuning the whole model."""
+    if not any(True for _ in adapters(model)):
+        return len(storage.packed({name: tensor.contiguous() for name, tensor in storage.whole(model).items()}, storage.model_metadata(model)))
     with tempfile.TemporaryDirectory() as folder:
-        if any(True for _ in adapters(model)):
-            storage.save_adapter(model, folder)
-        else:
-            storage.save_model(model, Path(folder) / "model.safetensors")
+        storage.save_adapter(model, folder)
         return sum(file.stat().st_size for file in Path(folder).iterdir())
 
 
