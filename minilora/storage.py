@@ -3,8 +3,8 @@
     folder/adapter_config.json           PEFT's field names: peft_type, r, lora_alpha, target_modules, …
     folder/adapter_model.safetensors     PEFT's keys: base_model.model.<layer>.lora_A.weight (rank, in), .lora_B.weight (out, rank)
 
-formats.py says how each method is put in these terms. The safetensors metadata, which PEFT ignores, also names the method and the
-base: an adapter is an addition to one particular W.
+formats.py says how each method is put in these terms, configuration.py how layers are named, and what is saved beside them. The safetensors
+metadata, which PEFT ignores, also names the methods and the base: an adapter is an addition to one particular W.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False, 
     tensors, about = _read_tensors(weights_file)
     with unwrapped(model) as plain:
         linears = configuration.layers_meant(plain, config, config_file, peft_made=not about)
-        methods = _methods(config, about, linears, tensors, config_file, weights_file)
+        methods = _methods(config, about, linears, config_file, weights_file)
         if about and about["layers"] != list(linears):
             raise _mixed_up(config_file, about, "target_modules", list(linears), about["layers"])
         with torch.random.fork_rng([]), torch.no_grad():     # the adapters' random starts are overwritten: spend no one's random numbers on them
@@ -322,8 +322,7 @@ def _check_metadata(about: object) -> None:
             raise ValueError(f"the entry {entry!r} of its metadata is {about[entry]!r}")
 
 
-def _methods(config: dict, about: dict, layers: Collection[str], tensors: dict[str, Tensor], config_file: Path, weights_file: Path
-             ) -> dict[Method, list[str]]:
+def _methods(config: dict, about: dict, layers: Collection[str], config_file: Path, weights_file: Path) -> dict[Method, list[str]]:
     """The methods, and which layers have each: as PEFT's fields say, or as our metadata names them."""
     try:
         found = PEFT_TYPES[config["peft_type"]].methods(config, layers)

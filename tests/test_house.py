@@ -8,7 +8,8 @@ import pytest
 import minilora
 
 PACKAGE = Path(minilora.__file__).parent
-FLOORS = [{"checks", "gpt", "data", "plots"}, {"adapter"}, {"quant"}, {"methods"}, {"formats"}, {"storage"}, {"training"}, {"evidence"}, {"commands"}, {"__main__"}]
+FLOORS = [{"checks", "gpt", "data", "plots", "beside"}, {"adapter"}, {"quant"}, {"methods"}, {"formats"}, {"configuration"}, {"storage"}, {"training"},
+          {"evidence"}, {"commands"}, {"__main__"}]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
 

@@ -232,7 +232,8 @@ def said(model):
 def stirred(model, *also):
     """Every adapter, and these tensors beside them, away from where they started."""
     dice = torch.Generator().manual_seed(3)
-    own = [p for _, layer in ml.adapters(model) for name, p in layer.named_parameters() if not name.startswith("base.") and name not in ("A_0", "B_0")]
+    own = [p for _, layer in ml.adapters(model) for name, p in layer.named_parameters() 
+           if not name.startswith("base.") and not (isinstance(layer, ml.VeRALinear) and name in "AB")]
     with torch.no_grad():
         for p in (*own, *also):
             p.add_(0.2 * torch.randn(p.shape, generator=dice, dtype=torch.float64))
