@@ -332,6 +332,14 @@ def test_what_is_trained_beside_the_adapters_comes_back(tmp_path, wake, ids, fro
     assert again.training                                             # to be trained on: the mode stays
 
 
+def test_a_loaded_head_that_never_moved_is_saved_again(tmp_path):
+    model = ml.adapt(small(), METHOD)
+    model.head.requires_grad_(True)
+    first = ml.save_adapter(model, tmp_path / "first")
+    second = ml.save_adapter(ml.load_adapter(small(), first), tmp_path / "second")
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in (CONFIG, WEIGHTS))
+
+
 def test_the_base_speaks_and_comes_back_also_where_a_head_was_loaded(tmp_path, wake, ids):
     folder, base = ml.save_adapter(with_head(small(), wake), tmp_path), small().eval()
     loaded = ml.load_adapter(small(), folder)
