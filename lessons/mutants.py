@@ -1,0 +1,2 @@
+def mutants_asked_for(sample, folder, name):
+    return []
