@@ -182,7 +182,7 @@ def pytest_runtest_makereport(item, call):
     report = yield
     if not asked(item) or report.skipped or (report.passed and report.when != "call"):
         return report
-    report.asked, answer = asked(item), judged(item)
+    report.asked, report.judged = asked(item), (answer := judged(item))
     item.user_properties.append(("answer", answer))
     if report.failed and call.excinfo is not None:
         report.told = told(call.excinfo.value, item, report)
