@@ -39,7 +39,7 @@ class Place:
 
     tensors: frozenset = frozenset()        # arguments annotated as Tensor
     whole: frozenset = frozenset()          # arguments annotated as int
-    cuts: bool = False                      # no gradient passes through this function, so that cutting it changes nothing
+    carries: bool = False                   # a gradient passes through this function, so that cutting it is a mistake
 
 
 def expression(code: str, **parts: ast.expr) -> ast.expr:
@@ -175,7 +175,7 @@ def a_transpose_dropped(node, place):
 
 @operator(ast.Return, ast.Name, ast.Attribute)
 def a_gradient_cut(node, place):
-    if place.cuts:
+    if not place.carries:
         return
     if isinstance(node, ast.Name) and node.id in place.tensors and isinstance(node.ctx, ast.Load):
         yield expression("a.detach()", a=node)
@@ -231,14 +231,16 @@ def arguments_swapped(node, place):
     for i in range(len(node.args) - 1):
         args = list(node.args)
         args[i], args[i + 1] = args[i + 1], args[i]
-        yield with_fields(node, args=args)
+        if called(node) not in ("transpose", "swapaxes"):              # there it is the same
+            yield with_fields(node, args=args)
 
 
 @operator(ast.Call)
 def a_keyword_dropped(node, place):
     """keepdim=True, dtype=…, a=√5: the default is taken."""
     for keyword in node.keywords:
-        yield with_fields(node, keywords=[other for other in node.keywords if other is not keyword])
+        if keyword.arg != "device":                      # the tests run on one
+            yield with_fields(node, keywords=[other for other in node.keywords if other is not keyword])
 
 
 @operator(ast.Tuple, ast.List)
@@ -405,13 +407,14 @@ def spots(parent: ast.AST, place: Place) -> Iterator:
     if isinstance(parent, ast.FunctionDef):
         kinds = {argument.arg: ast.unparse(argument.annotation) for argument in parent.args.args if argument.annotation}
         place = Place(frozenset(name for name, kind in kinds.items() if kind == "Tensor"), frozenset(name for name, kind in kinds.items() if kind == "int"),
-                      place.cuts or any("no_grad" in ast.unparse(decorator) for decorator in parent.decorator_list) or parent.name == "__init__")
+                      "Tensor" in ast.unparse(parent.returns or parent) and not any("no_grad" in ast.unparse(decorator) for decorator in parent.decorator_list))
     for name, value in ast.iter_fields(parent):
         if name in ("annotation", "returns", "decorator_list", "args", "bases") and isinstance(parent, (ast.FunctionDef, ast.ClassDef, ast.AnnAssign)) or isinstance(parent, ast.Raise):
             continue
         for index, node in enumerate(value) if isinstance(value, list) else [(None, value)]:
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            if isinstance(node, ast.AST) and not docstring:
+            asked_of = isinstance(parent, ast.Attribute) and parent.attr in ("shape", "dtype", "device", "ndim") and isinstance(node, ast.Name)
+            if isinstance(node, ast.AST) and not docstring and not asked_of:
                 yield parent, name, index, node, place
                 yield from spots(node, place)
 
