@@ -4,6 +4,7 @@ import ast
 import contextlib
 import functools
 import importlib.util
+import itertools
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from lessons.mutants import mutants_asked_for
 
 SAME_AGAIN = "same mistake"
 VARIANTS = ("wrong_answers", "right_answers")          # files of several answers an exercise, called <exercise>__<what is special>
-SECONDS = {"mutants": 5}                               # a test's limit; 20 otherwise
+SECONDS = defaultdict(lambda: 20, mutants=5)           # that a test may take
 
 exercises = functools.cache(lessons.exercises)
 
@@ -143,7 +144,7 @@ def judged(item) -> str:
 
 @contextlib.contextmanager
 def limit(item):
-    seconds = SECONDS.get(item.config.getoption("--answers"), 20)
+    seconds = SECONDS[item.config.getoption("--answers")]
     if not asked(item) or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -188,7 +189,7 @@ def pytest_runtest_makereport(item, call):
         report.told = told(call.excinfo.value, item, report)
         report.longrepr = "\n".join(report.told)
         report.outcome_word = NOT_SOLVED if report.told[0].startswith(NOT_SOLVED) else None
-        again = (answer, mistake(report.told[0]))
+        again = (answer, mistake(report.told[0])) if call.when == "call" else report.told[0]       # a file that cannot be read: once for all
         if report.outcome_word is None and again in item.config.stash[seen]:
             report.outcome_word = SAME_AGAIN
         item.config.stash[seen].add(again)
@@ -206,6 +207,7 @@ def told(error: BaseException, item, report) -> list[str]:
     if isinstance(error, NotImplementedError) and not error.args and frame and frame.tb_frame.f_code.co_filename == own:
         return [f"{NOT_SOLVED}: {', '.join(asked(item))}"]
     first, *more = (str(error).strip() or type(error).__name__).split("\n")
+    more = list(itertools.takewhile(lambda line: not line.startswith("assert "), more))         # from there on it is pytest's own
     if not isinstance(error, (AssertionError, pytest.fail.Exception)):
         first = f"{type(error).__name__}: {first}" if str(error).strip() else first
     printed = [f"it printed: {' | '.join(report.capstdout.split(chr(10))[:5]).strip(' |')[:200]}"] if report.capstdout.strip() else []
