@@ -28,7 +28,7 @@ class Size:
         return f"{self.out}x{self.into}, rank {self.rank}, alpha {self.alpha:g}"
 
 
-SIZES = (Size(out=7, into=5, rank=2, alpha=3.0), Size(out=4, into=6, rank=3, alpha=2.0))      # s = 3/2 and 2/3
+SIZES = (Size(out=7, into=5, rank=2, alpha=9.0), Size(out=4, into=6, rank=3, alpha=2.0))      # s = 9/2 and 2/3
 each_size = pytest.mark.parametrize("size", SIZES, ids=str)
 
 

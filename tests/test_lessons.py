@@ -362,7 +362,7 @@ SCALED = {                                                                   # w
     "return x.detach() * by[0] / by[1]": "scaled: no gradient reaches x: is there a .detach(), .data, .item() or torch.no_grad() in the way?",
     "return (x / 2 + x.detach() / 2) * by[0] / by[1]": "scaled: the value is right, but the gradient that reaches x is off",
     "return torch.from_numpy(x.numpy() * by[0] / by[1])": "scaled fails where a gradient is wanted: RuntimeError: Can't call numpy()",
-    "print(x.shape)": "scaled returned None: is the return missing?\n    cell.py:6: ",
+    "print(x.shape)": "scaled returned None: is the return missing?\n    it printed: torch.Size([2, 3])",
     "return 3.0": "scaled: a Tensor is wanted, got float 3.0",
     "return x @ x": "it was given x (2, 3)\n    cell.py:6: ",
     "raise NotImplementedError('later')": "NotImplementedError: later",
