@@ -1,10 +1,11 @@
 # make lab: Jupyter at the lesson table.   make test: everything is checked.   make demo: fine-tune on a file of this repository.
+# make mutants: every solution with one small thing changed, judged by its lesson's tests (minutes; make test takes a sample).
 # make compare: every method on a task, in about three minutes; OPTIONS="--text my.txt" for your own.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: lab test demo compare notebooks
+.PHONY: lab test mutants demo compare notebooks
 
 # Markdown opens rendered, not as source; as root (in a container) Jupyter wants to be told that this is meant.
 lab: .venv/ready
@@ -14,6 +15,9 @@ lab: .venv/ready
 # Two workers; tests/conftest.py gives each torch one thread, or they would wait for each other. What takes longest begins first.
 test: .venv/peers
 	$(BIN)/python -m pytest notebooks tests --nbval-lax -q -n 2 --dist loadfile --no-loadscope-reorder --durations=8
+
+mutants: .venv/ready
+	$(BIN)/python -m lessons.mutants $(OPTIONS)
 
 demo: .venv/ready
 	$(BIN)/python -m minilora finetune --text minilora/data.py --steps 150 --out runs/demo --force

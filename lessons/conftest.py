@@ -1,19 +1,43 @@
 """Each exercise is a pytest fixture of its own name; a stub is `not solved yet`; at the end a board shows what is next."""
 
+import ast
+import contextlib
+import functools
 import importlib.util
+import itertools
+import signal
 import subprocess
 import sys
+import threading
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
-from lessons import NOT_SOLVED, exercises, first_hint, public_names
+import lessons
+from lessons import NOT_SOLVED, first_hint, learners_line, mistake, own_file, public_names
+from lessons.guard import guarded
+from lessons.mutants import mutants_asked_for
+
+SAME_AGAIN = "same mistake"
+VARIANTS = ("wrong_answers", "right_answers")          # files of several answers an exercise, called <exercise>__<what is special>
+SECONDS = defaultdict(lambda: 20, mutants=5)           # that a test may take
+
+exercises = functools.cache(lessons.exercises)
+
+done_with = pytest.StashKey[set]()                     # answers whose other tests need not run: out of time, or a mutant that was caught
+seen = pytest.StashKey[set]()                          # mistakes that have been told
+shortened = pytest.StashKey[set]()                     # exercises of which -k has left tests out
+
+
+def pytest_configure(config):
+    config.stash[done_with], config.stash[seen], config.stash[shortened] = set(), set(), set()
 
 
 def exercise_fixture(name: str):
     def answer(request):
-        return load_answer(request, name)
+        with guarded(name, load_answer(request, name), getattr(load_file(request.path.parent, "solutions"), name), promise(request.path.parent, name)) as answer:
+            yield answer
 
     return pytest.fixture(name=name)(answer)
 
@@ -26,113 +50,221 @@ for _names in exercises().values():
 def load_answer(request, name: str):
     """The learner's own object in a notebook, or what the chosen file of the test's lesson defines under this name."""
     live = getattr(request.config, "live_answers", {})
-    if name in live:
-        return live[name]
     kind, folder = request.config.getoption("--answers"), request.path.parent
-    name = getattr(request, "param", name)               # with wrong_answers: the name of one of them
+    if name in live:
+        request.node.own_file = own_file(live[name])
+        return live[name]
+    if kind == "mutants":
+        return request.param.answer()
+    request.node.own_file = str(file_of(folder, kind))
     module = load_file(folder, kind)
+    name = getattr(request, "param", name)               # of a wrong or an unusual right answer
     if not hasattr(module, name):
         pytest.fail(f"{kind}.py of {folder.name} defines no {name}", pytrace=False)
     return getattr(module, name)
 
 
+def file_of(folder: Path, kind: str) -> Path:
+    return folder / f"{'exercises' if kind == 'committed' else kind}.py"
+
+
 def load_file(folder: Path, kind: str):
-    path = folder / f"{'exercises' if kind == 'committed' else kind}.py"
+    """The module, read anew unless it is the solutions, which nobody edits meanwhile."""
+    return worked(folder) if kind == "solutions" else _load(folder, kind)
+
+
+@functools.cache
+def worked(folder: Path):
+    return _load(folder, "solutions")
+
+
+def _load(folder: Path, kind: str):
+    path = file_of(folder, kind)
     module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"{folder.name}.{kind}", path))
     sys.modules[module.__name__] = module                # dataclasses and pickle look their module up there
     try:
-        source = committed(path) if kind == "committed" else path.read_text(encoding="utf-8")
+        source = committed(path) if kind == "committed" else path.read_text(encoding="utf-8-sig")
         exec(compile(source, str(path), "exec"), module.__dict__)
     except SyntaxError as error:
         pytest.fail(f"{path.name} of {folder.name}, line {error.lineno}: {error.msg}", pytrace=False)
-    except Exception as error:
-        line = next((t.tb_lineno for t in _frames(error) if t.tb_frame.f_code.co_filename == str(path)), "?")
+    except (Exception, SystemExit) as error:
+        line = learners_line(error, str(path)).removeprefix(f"{path.name}:").partition(":")[0] or "?"
         pytest.fail(f"{path.name} of {folder.name}, line {line}: {type(error).__name__}: {error}", pytrace=False)
     return module
 
 
-def _frames(error):
-    frame = error.__traceback__
-    while frame:
-        yield frame
-        frame = frame.tb_next
-
-
 def committed(path: Path) -> str:
-    """The file as the last commit has it; without git, as it is."""
-    shown = subprocess.run(["git", "show", f"HEAD:./{path.name}"], cwd=path.parent, capture_output=True, encoding="utf-8")
-    return shown.stdout if shown.returncode == 0 else path.read_text(encoding="utf-8")
+    """The file as the last commit has it."""
+    try:
+        shown = subprocess.run(["git", "show", f"HEAD:./{path.name}"], cwd=path.parent, capture_output=True, encoding="utf-8")
+    except FileNotFoundError:
+        pytest.fail("--answers=committed needs git, which is not installed here", pytrace=False)
+    if shown.returncode != 0:
+        pytest.fail(f"--answers=committed finds no {path.name} in a commit: {shown.stderr.strip()}", pytrace=False)
+    return shown.stdout.removeprefix("\ufeff")
+
+
+@functools.cache
+def promise(folder: Path, name: str) -> str:
+    """What the docstrings of the exercise and of its solution say."""
+    said = []
+    for kind in ("exercises", "solutions"):
+        with contextlib.suppress(OSError, SyntaxError, ValueError):
+            for node in ast.parse(file_of(folder, kind).read_text(encoding="utf-8-sig")).body:
+                if getattr(node, "name", None) == name:
+                    said += [ast.get_docstring(part) or "" for part in [node, *getattr(node, "body", [])] if isinstance(part, (ast.FunctionDef, ast.ClassDef))]
+    return "\n".join(said)
 
 
 def pytest_generate_tests(metafunc):
-    """With --answers=wrong_answers each test runs once for every wrong answer to its exercise."""
-    if metafunc.config.getoption("--answers") != "wrong_answers":
+    """With --answers=wrong_answers (right_answers, mutants) each test runs once for every such answer to its exercise."""
+    kind, folder = metafunc.config.getoption("--answers"), Path(metafunc.definition.path).parent
+    name = next((name for name in exercises().get(folder.name, []) if name in metafunc.fixturenames), None)
+    if name is None:
         return
-    folder = Path(metafunc.definition.path).parent
-    if not (folder / "wrong_answers.py").exists():
-        return
-    wrong = public_names((folder / "wrong_answers.py").read_text(encoding="utf-8"))
-    for name in exercises().get(folder.name, []):
-        if name in metafunc.fixturenames:
-            metafunc.parametrize(name, [w for w in wrong if w.partition("__")[0] == name], indirect=True)
+    if kind in VARIANTS and file_of(folder, kind).exists():
+        variants = public_names(file_of(folder, kind).read_text(encoding="utf-8-sig"))
+        metafunc.parametrize(name, [variant for variant in variants if variant.partition("__")[0] == name], indirect=True)
+    if kind == "mutants":
+        metafunc.parametrize(name, mutants_asked_for(metafunc.config.getoption("--mutants"), folder, name), indirect=True, ids=str)
 
+
+def asked(item) -> list[str]:
+    return [name for name in exercises().get(item.path.parent.name, []) if name in item.fixturenames] if item.path.name == "test_exercises.py" else []
+
+
+def judged(item) -> str:
+    """The name of the answer that this test judges: of the exercise, of the variant, of the mutant."""
+    names = asked(item)
+    variant = item.callspec.params.get(names[0]) if names and hasattr(item, "callspec") else None
+    return str(variant or ", ".join(names))
+
+
+# A test has its time, and an answer that has used it up is not asked again.
+
+@contextlib.contextmanager
+def limit(item):
+    seconds = SECONDS[item.config.getoption("--answers")]
+    if not asked(item) or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_, frame):
+        while frame and not frame.f_code.co_filename.startswith("<frozen importlib"):
+            frame = frame.f_back
+        if frame:                                        # inside an import, which must not be left half done: once more in a second
+            return
+        item.config.stash[done_with].add(judged(item))
+        pytest.fail(f"no answer after {seconds} s: an endless loop?", pytrace=False)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)     # and again each second, should the answer swallow the first
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    if judged(item) in item.config.stash[done_with]:
+        pytest.skip("this answer needs no more tests")
+    with limit(item):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    with limit(item):
+        return (yield)
+
+
+# What is said of a failure: the mistake, what was given, the learner's own line, what was printed. Once each.
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield
-    if item.path.name != "test_exercises.py":
+    if not asked(item) or report.skipped or (report.passed and report.when != "call"):
         return report
-    asked = [name for name in exercises().get(item.path.parent.name, []) if name in item.fixturenames]
-    if report.when == "call" or report.failed:
-        report.asked = asked
-        wrong = item.callspec.params.get(asked[0]) if asked and hasattr(item, "callspec") else None
-        item.user_properties.append(("answer", wrong or ", ".join(asked)))
+    report.asked, report.judged = asked(item), (answer := judged(item))
+    item.user_properties.append(("answer", answer))
     if report.failed and call.excinfo is not None:
-        error = call.excinfo.value
-        if isinstance(error, NotImplementedError):
-            report.short = report.longrepr = f"{NOT_SOLVED}: {', '.join(asked)}"
-            report.unsolved = True
-        else:
-            said = str(error).strip() or type(error).__name__
-            report.short = said.split("\n")[0] if isinstance(error, (AssertionError, pytest.fail.Exception)) else f"{type(error).__name__}: {said}"
-            line = _learners_line(call.excinfo, item)
-            report.longrepr = "\n".join(filter(None, [report.short, *said.split("\n")[1:6], line]))
-        item.user_properties.append(("message", report.short))
+        report.told = told(call.excinfo.value, item, report)
+        report.longrepr = "\n".join(report.told)
+        report.outcome_word = NOT_SOLVED if report.told[0].startswith(NOT_SOLVED) else None
+        again = (answer, mistake(report.told[0])) if call.when == "call" else report.told[0]       # a file that cannot be read: once for all
+        if report.outcome_word is None and again in item.config.stash[seen]:
+            report.outcome_word = SAME_AGAIN
+        item.config.stash[seen].add(again)
+        item.user_properties.append(("message", report.told[0]))
+        if item.config.getoption("--answers") == "mutants":
+            item.config.stash[done_with].add(answer)
     return report
 
 
+def told(error: BaseException, item, report) -> list[str]:
+    own = getattr(item, "own_file", "")
+    frame = error.__traceback__
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    if isinstance(error, NotImplementedError) and not error.args and frame and frame.tb_frame.f_code.co_filename == own:
+        return [f"{NOT_SOLVED}: {', '.join(asked(item))}"]
+    first, *more = (str(error).strip() or type(error).__name__).split("\n")
+    more = list(itertools.takewhile(lambda line: not line.startswith("assert "), more))         # from there on it is pytest's own
+    if not isinstance(error, (AssertionError, pytest.fail.Exception)):
+        first = f"{type(error).__name__}: {first}" if str(error).strip() else first
+    printed = [f"it printed: {' | '.join(report.capstdout.split(chr(10))[:5]).strip(' |')[:200]}"] if report.capstdout.strip() else []
+    line = [learners_line(error, own)] if learners_line(error, own) else []
+    return [first, *(f"  {each}" for each in [*more[:5], *getattr(error, "__notes__", []), *line, *printed])]
+
+
 def pytest_report_teststatus(report):
-    """A stub counts as failed, and is shown as what it is, without a page of its own."""
-    if getattr(report, "unsolved", False):
-        return NOT_SOLVED, "_", NOT_SOLVED.upper()
+    """A stub counts as failed, and is shown as what it is, without a page of its own; so is a mistake that was told before."""
+    word = getattr(report, "outcome_word", None)
+    if word:
+        return word, "_" if word == NOT_SOLVED else "F", word.upper()
 
 
-def _learners_line(excinfo, item) -> str:
-    """Where in the learner's file it went wrong, for errors that are raised there."""
-    inside = [entry for entry in excinfo.traceback if Path(entry.path).parent == item.path.parent and Path(entry.path).name != "test_exercises.py"]
-    return f"  {inside[-1].path.name}:{inside[-1].lineno + 1}: {str(inside[-1].statement).strip()}" if inside else ""
+def pytest_deselected(items):
+    for item in items:
+        item.config.stash[shortened].update(asked(item))
 
 
 def pytest_terminal_summary(terminalreporter, config):
     """The progress board: a line a lesson, then the next exercise and its first hint."""
     if config.getoption("--answers") not in ("exercises", "solutions"):
         return
-    failed, ran = defaultdict(set), defaultdict(set)
-    for outcome in ("passed", "failed", "error", NOT_SOLVED):
+    failed, passed = set(), defaultdict(set)
+    for outcome in ("passed", "failed", "error", NOT_SOLVED, SAME_AGAIN):
         for report in terminalreporter.getreports(outcome):
-            folder = Path(report.nodeid.partition("::")[0]).parent.name
+            path, _, test = report.nodeid.partition("::")
             for name in getattr(report, "asked", []):
-                ran[folder].add(name)
+                passed[Path(path).parent.name, name].add(test.partition("[")[0])
                 if outcome != "passed":
-                    failed[folder].add(name)
+                    failed.add(name)
+    ran = {lesson for lesson, _ in passed}
     if not ran:
         return
     terminalreporter.section("progress")
     upcoming = None
     for lesson, names in exercises().items():
         if lesson in ran:
-            solved = [name in ran[lesson] and name not in failed[lesson] for name in names]
-            terminalreporter.write_line(f"{lesson:<16} {''.join('#' if s else '.' for s in solved):<8} {sum(solved)}/{len(names)} solved")
-            upcoming = upcoming or next(((lesson, name) for name, s in zip(names, solved) if name in ran[lesson] and not s), None)
+            tests = tests_of(Path(__file__).parent / lesson)
+            part = {name for name in names if name in config.stash[shortened] or passed[lesson, name] < tests[name]}      # of these not all tests were run
+            marks = ["." if name in failed or not passed[lesson, name] else "?" if name in part else "#" for name in names]
+            line = f"{lesson:<16} {''.join(marks):<8} {marks.count('#')}/{len(names)} solved"
+            terminalreporter.write_line(line + ("   (?: not all of its tests were run)" if "?" in marks else ""))
+            upcoming = upcoming or next(((lesson, name) for name, mark in zip(names, marks) if mark == "." and passed[lesson, name]), None)
     if upcoming:
         terminalreporter.write_line(f"next: {upcoming[1]} in lessons/{upcoming[0]}/exercises.py. {first_hint(*upcoming)}")
+
+
+def tests_of(folder: Path) -> dict[str, set[str]]:
+    """{exercise: the names of its tests}"""
+    found = defaultdict(set)
+    for node in ast.parse((folder / "test_exercises.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
+            for argument in node.args.args:
+                found[argument.arg].add(node.name)
+    return found

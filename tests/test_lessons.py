@@ -1,6 +1,8 @@
-"""The lessons, proved: every stub fails, every solution passes, every wrong answer is rejected with its message, and hints are there."""
+"""The lessons, proved: every stub fails, every solution and every right answer passes, every wrong answer is rejected with its message, a sample of
+the solutions' mutants is rejected too (all of them: make mutants), and hints are there."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -23,11 +25,11 @@ each_lesson = pytest.mark.parametrize("lesson", NAMES)
 
 def source(lesson, kind):
     path = ROOT / "lessons" / lesson / f"{'exercises' if kind == 'committed' else kind}.py"
-    if kind == "committed":
+    if kind == "committed" and shutil.which("git"):
         shown = subprocess.run(["git", "show", f"HEAD:./{path.name}"], cwd=path.parent, capture_output=True, encoding="utf-8")
         if shown.returncode == 0:
-            return shown.stdout
-    return path.read_text(encoding="utf-8")
+            return shown.stdout.removeprefix("\ufeff")
+    return path.read_text(encoding="utf-8-sig")
 
 
 def definitions(lesson, kind):
@@ -48,6 +50,10 @@ def stub(lesson, name):
     return node
 
 
+# What a pytest that a test starts inherits: no options, no plugins, no worker of xdist.
+ALONE = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")} | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
     """verdicts(kind): {answer's name: [(test, "" or its message), …]}; one pytest for all lessons, each kind once."""
@@ -56,11 +62,13 @@ def verdicts(tmp_path_factory):
     def verdicts(kind):
         if kind not in done:
             report = tmp_path_factory.mktemp("junit") / "report.xml"
-            run = subprocess.run([sys.executable, "-m", "pytest", "lessons", "-q", f"--answers={kind}", f"--junitxml={report}", "-p", "no:nbval", "-p", "no:cacheprovider"],
-                                 cwd=ROOT, capture_output=True, text=True)
+            run = subprocess.run([sys.executable, "-m", "pytest", "lessons", "-q", f"--answers={kind}", f"--junitxml={report}", "-p", "no:cacheprovider"],
+                                 cwd=ROOT, capture_output=True, text=True, env=ALONE)
             assert run.returncode in (0, 1), run.stdout + run.stderr
             done[kind] = defaultdict(list)
             for case in xml.parse(report).iter("testcase"):
+                if case.find("skipped") is not None:                     # a test of an exercise to which this file has no answer
+                    continue
                 properties = {p.get("name"): p.get("value") for p in case.iter("property")}
                 failed = case.find("failure") is not None or case.find("error") is not None
                 done[kind][properties["answer"]].append((case.get("name"), (properties.get("message") or "no message") if failed else ""))
@@ -95,9 +103,33 @@ def test_every_wrong_answer_is_rejected_with_its_message(verdicts, lesson, name)
 
 
 @each_lesson
-def test_every_wrong_answer_belongs_to_an_exercise(lesson):
-    strays = [name for name in lessons.public_names(source(lesson, "wrong_answers")) if name.partition("__")[0] not in NAMES[lesson]]
+def test_every_right_answer_passes(verdicts, lesson):
+    right = lessons.public_names(source(lesson, "right_answers"))
+    assert len(right) >= 2
+    for name in right:
+        found = verdicts("right_answers")[name]
+        assert found and not [message for _, message in found if message], (name, found)
+
+
+@pytest.mark.parametrize("kind", ["wrong_answers", "right_answers"])
+@each_lesson
+def test_every_further_answer_belongs_to_an_exercise(lesson, kind):
+    strays = [name for name in lessons.public_names(source(lesson, kind)) if name.partition("__")[0] not in NAMES[lesson]]
     assert not strays
+
+
+def test_a_sample_of_the_mutants_is_rejected():
+    sample = os.environ.get("MUTANTS", "20/0")
+    done = subprocess.run([sys.executable, "-m", "lessons.mutants", "--sample", sample], cwd=ROOT, capture_output=True, text=True, env=ALONE)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_is_plain_python(notebook):
+    """No magics: nbval passes a cell `%nosuchmagic`, and whatever comes after it."""
+    for number, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"]):
+        if cell["cell_type"] == "code":
+            ast.parse("".join(cell["source"]), f"{notebook.name}, cell {number}")
 
 
 @each_exercise
@@ -147,17 +179,18 @@ LESSON = {
 @pytest.fixture
 def school(tmp_path):
     """school(command line, **files) -> what it printed; in a folder with the real machinery and one small lesson."""
-    for file in ("conftest.py", "pyproject.toml", "lessons/conftest.py", "lessons/__init__.py"):
+    for file in ("conftest.py", "pyproject.toml", *(f"lessons/{name}.py" for name in ("conftest", "__init__", "guard", "mutants", "expect"))):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, tmp_path / file)
 
-    def run(*words, python=None, **files):
+    def run(*words, python=None, env={}, **files):
         folder = tmp_path / "lessons" / "00_arithmetic"
         folder.mkdir(exist_ok=True)
         for name, content in (LESSON | {f"{name}.py": content for name, content in files.items()}).items():
-            (folder / name).write_text(content)
-        command = [sys.executable, "-c", python] if python else [sys.executable, "-m", "pytest", "lessons", "-q", "-p", "no:nbval", *words]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+            (folder / name).write_text(content, encoding="utf-8")
+        (tmp_path / "cell.py").write_text(python or "", encoding="utf-8")
+        words = ["cell.py"] if python else words if "-m" in words else ["-m", "pytest", "lessons", "-q", *words]
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, encoding="utf-8", errors="replace", env=ALONE | {"PYTHONPATH": str(tmp_path)} | env)
         return done.stdout + done.stderr
 
     return run
@@ -183,9 +216,12 @@ def test_all_solved(school):
     assert re.search(r"00_arithmetic +## +2/2 solved", printed) and "next:" not in printed and "3 passed" in printed
 
 
-def test_a_syntax_error_is_one_line_that_says_where(school):
+def test_a_file_that_cannot_be_read_is_one_line_that_says_where(school):
     printed = school(exercises=LESSON["exercises.py"] + "\ndef broken(:\n")
     assert "exercises.py of 00_arithmetic, line 10: invalid syntax" in printed and "INTERNAL" not in printed and "Traceback" not in printed
+    assert "1 error" in printed and "2 same mistake" in printed                                            # told once, not once a test
+    assert "exercises.py of 00_arithmetic, line 10: SystemExit: 3" in school(exercises=LESSON["exercises.py"] + "\nimport sys; sys.exit(3)\n")
+    assert "3 not solved yet" in school(exercises="\ufeff" + LESSON["exercises.py"])                       # a byte order mark
 
 
 def test_an_error_on_import_or_inside_the_answer_names_the_learners_line(school):
@@ -203,8 +239,8 @@ def test_a_file_that_is_not_utf_8_is_said_in_one_line(school, tmp_path):
     school()
     broken = tmp_path / "lessons" / "00_arithmetic" / "exercises.py"
     broken.write_bytes(broken.read_bytes() + b"# caf\xe9\n")
-    command = [sys.executable, "-m", "pytest", "lessons", "-q", "-p", "no:nbval"]
-    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)}).stdout
+    command = [sys.executable, "-m", "pytest", "lessons", "-q"]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=ALONE | {"PYTHONPATH": str(tmp_path)}).stdout
     assert "exercises.py of 00_arithmetic, line ?: UnicodeDecodeError" in printed and "Traceback" not in printed
 
 
@@ -220,25 +256,32 @@ def test_wrong_answers_are_run_one_by_one(school):
 
 
 CHECK = """
+import torch
 from lessons import check
-def double(x): return x * x
+torch.manual_seed(3); want = torch.rand(1); torch.manual_seed(3)
+def double(x): print("seen", x); return x * x
 check(double)
 def double(x): return 2 * x
 check(double)
 def double(x): raise NotImplementedError
 print(check(double))
-try: check(print)
-except ValueError as error: print(error)
+for wrong in (print, "double", None, 3):
+    try: check(wrong)
+    except ValueError as error: print(error, error._render_traceback_() == [str(error)])
+print(torch.equal(torch.rand(1), want))
 """
 
 
 def test_check_judges_the_live_function_again_and_again(school):
     lines = school(python=CHECK).splitlines()
-    assert lines[:2] == ["double: 1 of 2 tests fail.", "  test_six: looks like a square"]
-    assert lines[2] == "double: 2 of 2 tests pass. Solved."
-    assert lines[3].startswith("double: not solved yet. Hint: add it to itself") and lines[4] == "None"
-    assert lines[5] == "no exercise is called 'print'; there are double, triple"
-    assert school(python=CHECK, exercises="def (").splitlines() == lines     # what is in the file does not matter here
+    assert lines[:4] == ["double: 1 of 2 tests fail.", "  looks like a square", "    it printed: seen 3", "    in test_six"]
+    assert lines[4] == "double: 2 of 2 tests pass. Solved."
+    assert lines[5].startswith("double: not solved yet. Hint: add it to itself") and lines[6] == "None"
+    assert lines[7:11] == ["no exercise is called 'print'; there are double, triple True", "check takes the function or class itself: check(double), without quotes True",
+                           "no exercise is called 'NoneType'; there are double, triple True", "no exercise is called 'int'; there are double, triple True"]
+    assert lines[11:] == ["True"]                                            # the notebook's random numbers have not moved
+    around = {"PYTEST_ADDOPTS": "-v --tb=short --nosuchoption", "PYTHONIOENCODING": "ascii"}
+    assert school(python=CHECK, env=around, exercises="def (").splitlines() == lines         # nor do options, or what is in the file, matter
 
 
 STOPPED = """
@@ -251,10 +294,120 @@ check(double)
 
 
 def test_check_never_says_solved_where_tests_did_not_run_or_failed_with_an_odd_message(school):
-    assert school(python=STOPPED) == "double: no verdict, pytest stopped (interrupted). `pytest lessons/00_arithmetic` says why.\n"
+    assert school(python=STOPPED) == "double: no verdict, stopped by hand at cell.py:4: if x == 3: raise KeyboardInterrupt\n"
     finishing, right = STOPPED.replace("raise KeyboardInterrupt", "return 0"), LESSON["test_exercises.py"]
     assert "no verdict" in school(python=finishing, test_exercises="import nowhere\n" + right)
     assert "no verdict" in school(python=finishing, test_exercises="def test_nine(triple):\n    assert triple(3) == 9\n")   # none asks for double
     odd = school(python=finishing, test_exercises=right.replace("'looks", "'\\nlooks"))                # numpy's messages begin so
-    assert odd.splitlines() == ["double: 1 of 2 tests fail.", "  test_six: looks like a square"]
-    assert "no exercise is called 'int'" in school(python="from lessons import check\ncheck(double := 3)")
+    assert odd.splitlines() == ["double: 1 of 2 tests fail.", "  looks like a square", "    in test_six"]
+
+
+# the guard, on a lesson with tensors
+
+TENSORS = {
+    "exercises": '''
+def scaled(x, by):
+    raise NotImplementedError
+
+def clear(x):
+    "x becomes zero, in place."
+    raise NotImplementedError
+
+class Layer:
+    pass
+''',
+    "solutions": '''
+import torch
+from torch import Tensor, nn
+
+def scaled(x: Tensor, by: list[float]) -> Tensor:
+    return x * by[0] / by[1]
+
+def clear(x: Tensor) -> Tensor:
+    return x.zero_()
+
+class Layer(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.A = nn.Parameter(torch.ones(width, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.A
+''',
+    "test_exercises": '''
+import pytest
+from lessons.expect import draw, must_equal
+
+each_width = pytest.mark.parametrize("width", [3, 4])
+
+@each_width
+def test_scaled(scaled, width):
+    must_equal(scaled(draw(2, width), [3.0, 2.0]), draw(2, width) * 1.5, {}, "scaled")
+
+def test_clear(clear):
+    assert not clear(draw(3)).any()
+
+@each_width
+def test_layer(Layer, width):
+    layer = Layer(width)
+    assert isinstance(layer, Layer) and type(layer).__name__ == "Layer"
+    must_equal(layer(draw(2, width)), draw(2, width), {}, "Layer")
+''',
+    "hints": "",
+}
+
+SCALED = {                                                                   # what the function says, and what is said of it
+    "x *= by[0] / by[1]; return x": "scaled changed its argument x: work on a copy",
+    "return x * by.pop(0) / by[0]": "scaled changed its argument by: work on a copy",
+    "return x.detach() * by[0] / by[1]": "scaled: no gradient reaches x: is there a .detach(), .data, .item() or torch.no_grad() in the way?",
+    "return (x / 2 + x.detach() / 2) * by[0] / by[1]": "scaled: the value is right, but the gradient that reaches x is off",
+    "return torch.from_numpy(x.numpy() * by[0] / by[1])": "scaled fails where a gradient is wanted: RuntimeError: Can't call numpy()",
+    "print(x.shape)": "scaled returned None: is the return missing?\n    it printed: torch.Size([2, 3])",
+    "return 3.0": "scaled: a Tensor is wanted, got float 3.0",
+    "return x @ x": "it was given x (2, 3)\n    cell.py:6: ",
+    "raise NotImplementedError('later')": "NotImplementedError: later",
+    "y = x.clone(); y *= by[0]; y /= by[1]; return y": "scaled: 2 of 2 tests pass. Solved.",
+}
+LAYER = {
+    "def forward(self, x): return torch.einsum('bi,i->bi', x, self.A)": "Layer: 2 of 2 tests pass. Solved.",
+    "def foward(self, x): return x * self.A": 'is missing the required "forward" function',
+    "def forward(self, x): return x * self.A.detach()": "Layer.forward: no gradient reaches A",
+    "def forward(self, x): return x.mul_(self.A)": "Layer.forward changed its argument x",
+}
+
+
+def test_the_guard_holds_every_answer_to_its_arguments_gradients_and_type(school):
+    cell = "import torch\nfrom torch import nn\nfrom lessons import check\n"
+    for body in SCALED:
+        cell += f"def scaled(x, by): {body}\ncheck(scaled)\nprint('--')\n"
+    for body in LAYER:
+        cell += f"class Layer(nn.Module):\n    def __init__(self, width):\n        super().__init__()\n        self.A = nn.Parameter(torch.ones(width).double())\n    {body}\n"
+        cell += "before = vars(Layer).copy()\ncheck(Layer)\nassert vars(Layer) == before\nprint('--')\n"
+    cell += "def clear(x): return x.zero_()\ncheck(clear)\nprint('--')\nscaled = 3\n"
+    told = school(python=cell, **TENSORS).split("--\n")
+    want = [*SCALED.values(), *LAYER.values(), "clear: 1 of 1 tests pass. Solved."]
+    assert len(told) == len(want) + 1, told
+    for printed, message in zip(told, want):
+        assert re.sub(r":\d+: ", ":6: ", message) in re.sub(r":\d+: ", ":6: ", printed), (message, printed)
+        assert printed.count("\n") <= 6, printed
+
+
+def test_an_endless_loop_ends_and_a_part_of_the_tests_does_not_count_as_solved(school, tmp_path):
+    solved = LESSON["exercises.py"].replace("raise NotImplementedError", "return 2 * x", 1)
+    printed = school("-k", "four or nine", exercises=solved)
+    assert re.search(r"00_arithmetic +\?\. +0/2 solved +\(\?: not all of its tests were run\)", printed), printed
+    assert "--answers=committed finds no exercises.py in a commit" in school("--answers=committed")
+    machinery = tmp_path / "lessons" / "conftest.py"
+    machinery.write_text(machinery.read_text(encoding="utf-8").replace("lambda: 20", "lambda: 1"), encoding="utf-8")
+    endless = school(exercises=LESSON["exercises.py"].replace("raise NotImplementedError", "while x: pass", 1))
+    assert "no answer after 1 s: an endless loop?" in endless and "1 skipped" in endless, endless          # not tried again
+    assert "exercises.py:3: while x: pass" in endless
+
+
+def test_mutants_that_live_are_shown_and_the_list_of_the_harmless_is_held_to(school):
+    weak = LESSON["test_exercises.py"].replace("double(3) == 6", "double(2) == 4")
+    table = school("-m", "lessons.mutants", test_exercises=weak)
+    assert "    - return 2 * x\n    + return x ** 2" in table or "    - return 2 * x\n    + return 2 ** 2 * x" not in table, table
+    assert re.search(r"00_arithmetic +\d+ +\d+ +0 +[1-9]", table), table
+    listed = school("-m", "lessons.mutants", equivalent_mutants="EQUIVALENT = {('double', 'return 2 / x'): 'no', ('double', 'return 9'): 'no'}\n")
+    assert "listed as equivalent in double, but is rejected by a test: return 2 / x" in listed and "but is no mutant: return 9" in listed, listed

@@ -39,6 +39,7 @@ def parameter_count(config: GPTConfig) -> int:
     return embeddings + config.layers * block + norm + config.vocab_size * w
 
 
+@torch.no_grad()                                                           # a step is no part of the graph
 def adamw_step(
     p: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, lr: float,
     beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,

@@ -231,3 +231,70 @@ def training_bytes__frozen_counts_nothing(model: nn.Module) -> int:
 @provokes("element_size()")
 def training_bytes__always_float32(model: nn.Module) -> int:
     return sum(p.numel() * (16 if p.requires_grad else 4) for p in model.parameters())
+
+
+# Nearly right: each of these passes where one size is tried, or nobody looks at what was given or at the gradient.
+
+@provokes("divided by √d")
+def causal_attention__width_written_in(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    T = q.shape[-2]
+    return (q @ k.transpose(-1, -2) / math.sqrt(8)).masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf).softmax(-1) @ v
+
+
+@provokes("changed its argument q")
+def causal_attention__spoils_q(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    T, d = q.shape[-2:]
+    q /= math.sqrt(d)
+    return (q @ k.transpose(-1, -2)).masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf).softmax(-1) @ v
+
+
+@provokes("no gradient reaches")
+def causal_attention__weights_detached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    T, d = q.shape[-2:]
+    return (q @ k.transpose(-1, -2) / math.sqrt(d)).masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf).softmax(-1).detach() @ v
+
+
+@provokes("no gradient reaches logits")
+def next_byte_nats__detached(logits: Tensor, ids: Tensor) -> Tensor:
+    return -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).mean().detach()
+
+
+@provokes("a Tensor is wanted, got float")
+def next_byte_nats__a_number(logits: Tensor, ids: Tensor) -> Tensor:
+    return -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).mean().item()
+
+
+@provokes("the mean, not the sum")
+def next_byte_nats__length_written_in(logits: Tensor, ids: Tensor) -> Tensor:
+    return -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).sum() / (len(ids) * 6)
+
+
+@provokes("divide by ln 2")
+def bits_per_byte__floored(nats: float, text: str) -> float:
+    return nats / math.log(2) // len(text.encode())
+
+
+@provokes("changed its argument kinds")
+def grammar_entropy__empties_the_grammar(kinds: list[list[int]]) -> float:
+    total, count = 0.0, len(kinds)
+    while kinds:
+        total += sum(math.log(n) for n in kinds.pop()) / count
+    return math.log(count) + total
+
+
+@provokes("changed its argument m")
+def adamw_step__moments_in_place(
+    p: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: int, lr: float,
+    beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    m.mul_(beta1).add_((1 - beta1) * grad)
+    v.mul_(beta2).add_((1 - beta2) * grad**2)
+    m_hat, v_hat = m / (1 - beta1**step), v / (1 - beta2**step)
+    return (1 - lr * weight_decay) * p - lr * m_hat / (v_hat.sqrt() + eps), m, v
+
+
+@provokes("changed its argument model")
+def training_bytes__thaws_the_model(model: nn.Module) -> int:
+    total = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
+    model.requires_grad_(True).eval()
+    return total

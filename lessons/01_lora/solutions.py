@@ -28,14 +28,16 @@ class LoRALayer(nn.Module):
         return self.base(x) + self.scale * (x @ self.A.T @ self.B.T)   # the bias is in base(x), once
 
 
+@torch.no_grad()
 def lora_gradients(G: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The shapes leave no other choice: (rank, out)(out, in) and (out, in)(in, rank)."""
     return scale * B.T @ G, scale * G @ A.T
 
 
+@torch.no_grad()
 def merge_lora(W: Tensor, A: Tensor, B: Tensor, alpha: float, rank: int) -> Tensor:
-    """`+`, not `+=`: W must survive, or there is nothing to go back to."""
-    return W + alpha / rank * B @ A
+    """`+`, not `+=`: W must survive, or there is nothing to go back to. Factors are often float32 where W is bfloat16."""
+    return W + (alpha / rank * B @ A).to(W.dtype)
 
 
 def inject_lora(model: nn.Module, targets: list[str], rank: int, alpha: float) -> nn.Module:
@@ -53,6 +55,7 @@ def lora_parameter_count(shapes: list[tuple[int, int]], rank: int) -> int:
     return sum(rank * (out + into) for out, into in shapes)
 
 
+@torch.no_grad()
 def best_rank(W: Tensor, rank: int) -> tuple[Tensor, float]:
     """The singular values come sorted: keep the first, drop the rest."""
     U, sigma, Vt = torch.linalg.svd(W, full_matrices=False)

@@ -8,94 +8,86 @@ import torch
 from torch import nn
 
 import minilora as ml
-
-OUT, IN, RANK, ALPHA = 7, 5, 2, 6.0          # not square, alpha not rank: s = 3
-
-
-def factors(seed=0, out=OUT, into=IN, rank=RANK):
-    """W, A, B, all random, float64: rounding cannot hide a mistake."""
-    dice = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(*shape, generator=dice, dtype=torch.float64) for shape in ((out, into), (rank, into), (out, rank)))
-
-
-def inputs(*shape, seed=1):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def must_equal(got, want, mistakes, what):
-    """Shape, then value. Where a known mistake gives exactly `got`, its name is the message."""
-    assert isinstance(got, torch.Tensor), f"{what}: a tensor is wanted, got {type(got).__name__}"
-    for name, wrong in mistakes.items():
-        assert got.shape != wrong.shape or not torch.allclose(got, wrong, rtol=1e-9, atol=1e-12), f"{name} ({what})"
-    assert got.shape == want.shape, f"{what}: shape {tuple(want.shape)} is wanted, got {tuple(got.shape)}"
-    worst = (got - want).abs().max().item()
-    assert torch.allclose(got, want, rtol=1e-9, atol=1e-12), f"{what}: off by up to {worst:.3g}; check the order of the products and the scale"
-
+from lessons.expect import SIZES, Size, draw, each_size, must_equal
 
 # lora_branch
 
-@pytest.mark.parametrize("shape", [(IN,), (4, IN), (3, 4, IN)])
-def test_branch_is_the_scaled_product(lora_branch, shape):
-    _, A, B = factors()
-    x = inputs(*shape)
+@each_size
+@pytest.mark.parametrize("leading", [(), (4,), (3, 4)], ids=["one x", "a batch", "batch and time"])
+def test_branch_is_the_scaled_product(lora_branch, size, leading):
+    _, A, B = size.factors()
+    x = draw(*leading, size.into, seed=1)
     full = x @ (B @ A).T
-    must_equal(lora_branch(x, A, B, ALPHA, RANK), ALPHA / RANK * full, {
+    must_equal(lora_branch(x, A, B, size.alpha, size.rank), size.scale * full, {
         "the scale is missing: s = alpha / rank": full,
-        "the scale is alpha / rank; this looks like alpha alone": ALPHA * full,
-        "the scale is alpha / rank; this looks like rank / alpha": RANK / ALPHA * full,
-        "the scale is alpha / rank; this looks like alpha / √rank, which is rsLoRA's": ALPHA / math.sqrt(RANK) * full,
-    }, f"lora_branch on x of shape {shape}")
+        "the scale is alpha / rank; this looks like alpha alone": size.alpha * full,
+        "the scale is alpha / rank; this looks like rank / alpha": full / size.scale,
+        "the scale is alpha / rank; this looks like alpha // rank, which throws the fraction away": size.alpha // size.rank * full,
+        "the scale is alpha / rank; this looks like alpha / √rank, which is rsLoRA's": size.alpha / math.sqrt(size.rank) * full,
+    }, f"lora_branch on x of shape {(*leading, size.into)}")
 
 
 def test_branch_is_silent_where_B_is_zero(lora_branch):
-    _, A, B = factors()
-    assert not lora_branch(inputs(4, IN), A, torch.zeros_like(B), ALPHA, RANK).any(), "with B = 0 the branch must add nothing: is x or W in the sum?"
+    size = SIZES[0]
+    _, A, B = size.factors()
+    branch = lora_branch(draw(4, size.into), A, torch.zeros_like(B), size.alpha, size.rank)
+    assert not branch.any(), "with B = 0 the branch must add nothing: is x or W in the sum?"
+
+
+class Watch(torch.overrides.TorchFunctionMode):
+    """The largest tensor that comes up."""
+
+    largest = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
 
 
 def test_branch_never_forms_the_large_matrix(lora_branch):
-    """At width 20,000 B A would hold 400 million numbers; the two thin products hold rank + out."""
-    wide = 20_000
-    sizes = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in (result if isinstance(result, (tuple, list)) else [result]) if isinstance(t, torch.Tensor))
-            return result
-
-    with Watch():
-        lora_branch(torch.ones(1, wide, device="meta"), torch.ones(2, wide, device="meta"), torch.ones(wide, 2, device="meta"), ALPHA, 2)
-    assert max(sizes) <= 2 * wide, f"B A was formed, {max(sizes):,} numbers: multiply x by Aᵀ first, then by Bᵀ"
+    """At width 1,000 B A holds a million numbers; the two thin products hold rank + out."""
+    wide = 1000
+    x, A, B = draw(1, wide), draw(2, wide, seed=1), draw(wide, 2, seed=2)
+    with Watch() as watch:
+        lora_branch(x, A, B, 3.0, 2)
+    assert watch.largest <= 2 * wide, f"B A was formed, {watch.largest:,} numbers: multiply x by Aᵀ first, then by Bᵀ"
 
 
 # LoRALayer
 
-def awake(LoRALayer, bias=True):
+def awake(LoRALayer, size: Size = SIZES[0], bias=True):
     """A layer in float64 whose B is not zero, with the frozen layer it was made from."""
     torch.manual_seed(3)
-    linear = nn.Linear(IN, OUT, bias=bias, dtype=torch.float64)
-    layer = LoRALayer(linear, RANK, ALPHA).double()
-    shapes = {name: tuple(getattr(layer, name).shape) for name in "AB"}
-    assert shapes == {"A": (RANK, IN), "B": (OUT, RANK)}, f"A is (rank, in) and B is (out, rank): wanted A {(RANK, IN)} and B {(OUT, RANK)}, got {shapes}"
+    linear = nn.Linear(size.into, size.out, bias=bias, dtype=torch.float64)
+    layer = LoRALayer(linear, size.rank, size.alpha).double()
+    for name, want in (("A", (size.rank, size.into)), ("B", (size.out, size.rank))):
+        assert isinstance(getattr(layer, name, None), nn.Parameter), f"self.{name} must be there, an nn.Parameter"
+        got = tuple(getattr(layer, name).shape)
+        assert got == want, f"A is (rank, in) and B is (out, rank): {name} {want} is wanted, got {got}"
     with torch.no_grad():
-        layer.B.copy_(inputs(OUT, RANK, seed=4))
+        layer.A.copy_(draw(size.rank, size.into, seed=5))
+        layer.B.copy_(draw(size.out, size.rank, seed=4))
     return layer, linear
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_layer_adds_the_branch_to_the_base(LoRALayer, bias):
-    layer, linear = awake(LoRALayer, bias)
-    x = inputs(2, 3, IN)
+@each_size
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_layer_adds_the_branch_to_the_base(LoRALayer, size, bias):
+    layer, linear = awake(LoRALayer, size, bias)
+    x = draw(2, 3, size.into, seed=1)
     base, full = linear(x), x @ (layer.B @ layer.A).T
     mistakes = {
         "only the base speaks: the branch is not added": base,
-        "W is replaced: base(x) is missing from the sum": ALPHA / RANK * full,
+        "W is replaced: base(x) is missing from the sum": size.scale * full,
         "the scale is missing: s = alpha / rank": base + full,
-        "the scale is alpha / rank; this looks like alpha alone": base + ALPHA * full,
+        "the scale is alpha / rank; this looks like alpha alone": base + size.alpha * full,
+        "the scale is alpha / rank; this looks like alpha // rank, which throws the fraction away": base + size.alpha // size.rank * full,
     }
     if bias:
-        mistakes["the bias is counted twice: base(x) has it already"] = base + ALPHA / RANK * full + linear.bias
-    must_equal(layer(x), base + ALPHA / RANK * full, mistakes, "LoRALayer.forward")
+        mistakes["the bias is counted twice: base(x) has it already"] = base + size.scale * full + linear.bias
+    must_equal(layer(x), base + size.scale * full, mistakes, "LoRALayer.forward")
 
 
 def test_layer_starts_as_the_base(LoRALayer):
@@ -130,62 +122,75 @@ def test_layer_trains_A_and_B_and_nothing_else(LoRALayer):
 def test_layer_training_leaves_W_bit_for_bit(LoRALayer):
     layer, linear = awake(LoRALayer)
     before, A, B = linear.weight.detach().clone(), layer.A.detach().clone(), layer.B.detach().clone()
-    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
-    layer(inputs(4, IN)).square().sum().backward()
-    optimizer.step()
+    layer(draw(4, SIZES[0].into)).square().sum().backward()
+    with torch.no_grad():                                        # a step of SGD, without the seconds that importing torch.optim's compiler takes
+        for p in layer.parameters():
+            if p.requires_grad:
+                p -= 0.1 * p.grad
     assert torch.equal(linear.weight, before), "W moved in training: it has to stay as it is, bit for bit"
     assert not torch.equal(layer.A, A) and not torch.equal(layer.B, B), "with B not zero, one step must move both A and B"
 
 
 # lora_gradients
 
+@each_size
 @pytest.mark.parametrize("seed", [0, 1])
-def test_gradients_are_autograds(lora_gradients, seed):
-    W, A, B = factors(seed)
+def test_gradients_are_autograds(lora_gradients, size, seed):
+    W, A, B = size.factors(seed)
     A, B = A.requires_grad_(), B.requires_grad_()
-    x, scale = inputs(4, IN), 3.0
-    effective = W + scale * B @ A
+    effective = W + size.scale * B @ A
     effective.retain_grad()
-    (x @ effective.T).tanh().sum().backward()
-    got = lora_gradients(effective.grad, A.detach(), B.detach(), scale)
+    (draw(4, size.into, seed=1) @ effective.T).tanh().sum().backward()
+    got = lora_gradients(effective.grad, A.detach(), B.detach(), size.scale)
     assert isinstance(got, tuple) and len(got) == 2, "two tensors are wanted: dL/dA, then dL/dB"
     assert got[0].shape != B.shape or got[1].shape != A.shape, "the two are in the wrong order: dL/dA comes first, then dL/dB"
-    must_equal(got[0], A.grad, {"the scale is missing in dL/dA = s Bᵀ G": A.grad / scale, "the scale is squared in dL/dA = s Bᵀ G": A.grad * scale}, "dL/dA")
-    must_equal(got[1], B.grad, {"the scale is missing in dL/dB = s G Aᵀ": B.grad / scale, "the scale is squared in dL/dB = s G Aᵀ": B.grad * scale}, "dL/dB")
+    for gradient, of, name in ((got[0], A, "dL/dA = s Bᵀ G"), (got[1], B, "dL/dB = s G Aᵀ")):
+        must_equal(gradient, of.grad, {f"the scale is missing in {name}": of.grad / size.scale, f"the scale is squared in {name}": of.grad * size.scale}, name.partition(" ")[0])
 
 
 def test_gradients_at_the_start_move_only_B(lora_gradients):
-    W, A, B = factors()
-    dA, dB = lora_gradients(W, A, torch.zeros_like(B), 3.0)      # any G will do
+    W, A, B = SIZES[0].factors()
+    dA, dB = lora_gradients(W, A, torch.zeros_like(B), 1.5)      # any G will do
     assert not dA.any(), "at B = 0 dL/dA = s Bᵀ G is zero: only B can move at the first step"
     assert dB.any(), "at B = 0 dL/dB = s G Aᵀ is not zero: it has A in it, not B"
 
 
 # merge_lora
 
-def test_merge_does_the_work_of_both(merge_lora):
-    W, A, B = factors()
-    must_equal(merge_lora(W.clone(), A, B, ALPHA, RANK), W + ALPHA / RANK * B @ A, {
+@each_size
+def test_merge_does_the_work_of_both(merge_lora, size):
+    W, A, B = size.factors()
+    must_equal(merge_lora(W, A, B, size.alpha, size.rank), W + size.scale * B @ A, {
         "the scale is missing: s = alpha / rank": W + B @ A,
-        "the scale is alpha / rank; this looks like alpha alone": W + ALPHA * B @ A,
-        "W is missing: merging adds the update to W": ALPHA / RANK * B @ A,
-        "the update is subtracted: that is how one takes it out again": W - ALPHA / RANK * B @ A,
+        "the scale is alpha / rank; this looks like alpha alone": W + size.alpha * B @ A,
+        "the scale is alpha / rank; this looks like alpha // rank, which throws the fraction away": W + size.alpha // size.rank * B @ A,
+        "W is missing: merging adds the update to W": size.scale * B @ A,
+        "the update is subtracted: that is how one takes it out again": W - size.scale * B @ A,
     }, "merge_lora")
 
 
-def test_merge_leaves_W_alone(merge_lora):
-    W, A, B = factors()
-    before = W.clone()
-    merged = merge_lora(W, A, B, ALPHA, RANK)
-    assert torch.equal(W, before), "W was changed in place: return a new tensor, or there is no way back"
-    assert merged.data_ptr() != W.data_ptr(), "the result shares W's memory: return a new tensor"
+def test_merge_returns_a_new_tensor(merge_lora):
+    size = SIZES[1]
+    W, A, B = size.factors()
+    merged = merge_lora(W, A, torch.zeros_like(B), size.alpha, size.rank)
+    assert merged.untyped_storage().data_ptr() != W.untyped_storage().data_ptr(), "the result shares W's memory: return a new tensor, or there is no way back"
 
 
-def test_merged_layer_says_the_same(merge_lora):
-    W, A, B = factors(5)
-    x = inputs(3, 4, IN)
-    apart = x @ W.T + ALPHA / RANK * (x @ A.T @ B.T)
-    together = x @ merge_lora(W, A, B, ALPHA, RANK).T
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_merge_keeps_the_dtype_of_W(merge_lora, dtype):
+    size = SIZES[0]
+    W, A, B = size.factors(2)
+    merged = merge_lora(W.to(dtype), A.float(), B.float(), 1.0, size.rank)
+    assert merged.dtype == dtype, f"the result has W's dtype, {dtype}, also where A and B are float32; got {merged.dtype}"
+    must_equal(merged, W + B @ A / size.rank, {}, f"merge_lora in {dtype}", rtol=0.02, atol=0.02)       # bfloat16 keeps 8 bits
+
+
+@each_size
+def test_merged_layer_says_the_same(merge_lora, size):
+    W, A, B = size.factors(5)
+    x = draw(3, 4, size.into, seed=1)
+    apart = x @ W.T + size.scale * (x @ A.T @ B.T)
+    together = x @ merge_lora(W, A, B, size.alpha, size.rank).T
     assert torch.allclose(apart, together, rtol=1e-9, atol=1e-12), f"merged and unmerged disagree by {(apart - together).abs().max().item():.3g}"
 
 
@@ -196,15 +201,16 @@ def small_gpt():
     return ml.TinyGPT(ml.GPTConfig(context=16, width=16, layers=2, heads=2))
 
 
-def test_inject_swaps_the_targets_and_no_others(inject_lora):
-    model = inject_lora(small_gpt(), ["q_proj", "down_proj"], 3, 6.0)
-    assert isinstance(model, nn.Module), "return the model"
+@pytest.mark.parametrize("rank, alpha", [(3, 2.0), (2, 5.0)])
+def test_inject_swaps_the_targets_and_no_others(inject_lora, rank, alpha):
+    model = inject_lora(small_gpt(), ["q_proj", "down_proj"], rank, alpha)
     found = {name for name, _ in ml.adapters(model)}
     want = {f"blocks.{i}.{name}" for i in (0, 1) for name in ("attention.q_proj", "mlp.down_proj")}
     assert not want - found, f"not every target was swapped: {sorted(want - found)} still have no adapter"
     assert found == want, f"layers were swapped that no target names: {sorted(found - want)}"
-    assert {layer.scale for _, layer in ml.adapters(model)} == {2.0}, "rank and alpha do not reach the layers: s should be alpha / rank = 2"
-    assert {layer.A.shape[0] for _, layer in ml.adapters(model)} == {3}, "rank and alpha do not reach the layers: A should have rank = 3 rows"
+    scales, ranks = ({of(layer) for _, layer in ml.adapters(model)} for of in (lambda layer: layer.scale, lambda layer: layer.A.shape[0]))
+    assert scales == {alpha / rank}, f"rank and alpha do not reach the layers: s should be alpha / rank = {alpha / rank:.3f}, and is {scales}"
+    assert ranks == {rank}, f"rank and alpha do not reach the layers: A should have rank = {rank} rows, and has {ranks}"
 
 
 def test_inject_works_in_place(inject_lora):
@@ -228,6 +234,12 @@ def test_inject_matches_whole_parts_of_a_name(inject_lora):
     model = inject_lora(model, ["q_proj"], 2, 4.0)
     assert [name for name, _ in ml.adapters(model)] == ["q_proj"], \
         f'"q_proj" means the part of the name after the last dot, whole; swapped were {[name for name, _ in ml.adapters(model)]}'
+
+
+def test_inject_takes_linears_only(inject_lora):
+    model = inject_lora(nn.ModuleDict({"a": nn.ModuleDict({"q_proj": nn.Conv1d(4, 4, 1)}), "b": nn.ModuleDict({"q_proj": nn.Linear(4, 4)})}), ["q_proj"], 2, 3.0)
+    assert type(model["a"]["q_proj"]) is nn.Conv1d, "a layer called q_proj that is no nn.Linear stays as it is: ask isinstance(layer, nn.Linear)"
+    assert [name for name, _ in ml.adapters(model)] == ["b.q_proj"], "the nn.Linear called q_proj was not swapped"
 
 
 def test_inject_says_what_the_model_said(inject_lora):
@@ -264,7 +276,7 @@ def test_count_agrees_with_a_real_model(lora_parameter_count):
 @pytest.mark.parametrize("shape", [(7, 5), (5, 7)])
 @pytest.mark.parametrize("rank", [1, 3])
 def test_best_rank_is_the_truncated_svd(best_rank, shape, rank):
-    W = inputs(*shape, seed=6)
+    W = draw(*shape, seed=6)
     got, kept = best_rank(W, rank)
     assert got.shape == W.shape, f"the approximation has W's own shape {tuple(W.shape)}, got {tuple(got.shape)}"
     assert torch.linalg.matrix_rank(got) == rank, f"a matrix of rank {rank} is wanted, this has rank {torch.linalg.matrix_rank(got)}"
@@ -285,6 +297,6 @@ def test_best_rank_keeps_a_share_of_the_energy(best_rank):
 
 
 def test_best_rank_keeps_everything_at_full_rank(best_rank):
-    W = inputs(7, 5, seed=8)
+    W = draw(7, 5, seed=8)
     got, kept = best_rank(W, 5)
     assert torch.allclose(got, W, atol=1e-12) and math.isclose(kept, 1.0), f"rank 5 of a 7x5 matrix is all of it; kept {kept:.4f}"

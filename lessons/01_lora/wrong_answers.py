@@ -146,13 +146,13 @@ def merge_lora__alpha_without_rank(W: Tensor, A: Tensor, B: Tensor, alpha: float
     return W + alpha * B @ A
 
 
-@provokes("W was changed in place")
+@provokes("merge_lora changed its argument W")
 def merge_lora__in_place(W: Tensor, A: Tensor, B: Tensor, alpha: float, rank: int) -> Tensor:
     W += alpha / rank * B @ A
     return W
 
 
-@provokes("W was changed in place")
+@provokes("merge_lora changed its argument W")
 def merge_lora__in_place_and_a_copy(W: Tensor, A: Tensor, B: Tensor, alpha: float, rank: int) -> Tensor:
     return W.add_(alpha / rank * B @ A).clone()
 
@@ -267,3 +267,107 @@ def best_rank__share_lost(W: Tensor, rank: int) -> tuple[Tensor, float]:
 def best_rank__norms(W: Tensor, rank: int) -> tuple[Tensor, float]:
     U, sigma, Vt = torch.linalg.svd(W, full_matrices=False)
     return U[:, :rank] * sigma[:rank] @ Vt[:rank], (sigma[:rank].norm() / sigma.norm()).item()
+
+
+# Nearly right: each of these passes where the scale is whole, one size is tried, or nobody looks at what was given.
+
+@provokes("throws the fraction away")
+def lora_branch__floored_scale(x: Tensor, A: Tensor, B: Tensor, alpha: float, rank: int) -> Tensor:
+    return alpha // rank * (x @ A.T @ B.T)
+
+
+@provokes("lora_branch changed its argument x")
+def lora_branch__spoils_x(x: Tensor, A: Tensor, B: Tensor, alpha: float, rank: int) -> Tensor:
+    x *= alpha / rank
+    return x @ A.T @ B.T
+
+
+@provokes("no gradient reaches")
+def lora_branch__detached(x: Tensor, A: Tensor, B: Tensor, alpha: float, rank: int) -> Tensor:
+    return (alpha / rank * (x @ A.T @ B.T)).detach()
+
+
+@provokes("no gradient reaches A")
+def lora_branch__A_through_data(x: Tensor, A: Tensor, B: Tensor, alpha: float, rank: int) -> Tensor:
+    return alpha / rank * (x @ A.data.T @ B.T)
+
+
+@provokes("the scale is missing")
+def lora_branch__rank_written_in(x: Tensor, A: Tensor, B: Tensor, alpha: float, rank: int) -> Tensor:
+    return alpha / 2 * (x @ A.T @ B.T)
+
+
+@provokes("returned None")
+def lora_branch__prints(x: Tensor, A: Tensor, B: Tensor, alpha: float, rank: int) -> Tensor:
+    print(alpha / rank * (x @ A.T @ B.T))
+
+
+@provokes("throws the fraction away")
+class LoRALayer__floored_scale(_LoRALayer):
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__(linear, rank, alpha)
+        self.scale = alpha // rank
+
+
+@provokes("changed its argument x")
+class LoRALayer__spoils_x(_LoRALayer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y + x.mul_(self.scale) @ self.A.T @ self.B.T
+
+
+@provokes("no gradient reaches x")
+class LoRALayer__deaf_below(_LoRALayer):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.detach())
+
+
+@provokes("the gradient that reaches x is off")
+class LoRALayer__base_without_gradient(_LoRALayer):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = self.base(x)
+        return y + self.scale * (x @ self.A.T @ self.B.T)
+
+
+@provokes('missing the required "forward" function')
+class LoRALayer__misspelt(nn.Module):
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.base, self.scale = linear.requires_grad_(False), alpha / rank
+        self.A = nn.Parameter(torch.empty(rank, linear.in_features))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+
+    def foward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.scale * (x @ self.A.T @ self.B.T)
+
+
+@provokes("changed its argument G")
+def lora_gradients__spoils_G(G: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    G *= scale
+    return B.T @ G, G @ A.T
+
+
+@provokes("throws the fraction away")
+def merge_lora__floored_scale(W: Tensor, A: Tensor, B: Tensor, alpha: float, rank: int) -> Tensor:
+    return W + (alpha // rank * B @ A).to(W.dtype)
+
+
+@provokes("W's dtype")
+def merge_lora__in_the_factors_dtype(W: Tensor, A: Tensor, B: Tensor, alpha: float, rank: int) -> Tensor:
+    return W + alpha / rank * B @ A
+
+
+@provokes("is no nn.Linear stays as it is")
+def inject_lora__any_layer_of_that_name(model: nn.Module, targets: list[str], rank: int, alpha: float) -> nn.Module:
+    for name, layer in list(model.requires_grad_(False).named_modules()):
+        parent, _, last = name.rpartition(".")
+        if last in targets:
+            layer = layer if isinstance(layer, nn.Linear) else nn.Linear(4, 4)
+            setattr(model.get_submodule(parent), last, LoRALinear(layer, LoRA(rank=rank, alpha=alpha)))
+    return model
+
+
+@provokes("rank and alpha do not reach the layers")
+def inject_lora__floored_scale(model: nn.Module, targets: list[str], rank: int, alpha: float) -> nn.Module:
+    return _inject(model.requires_grad_(False), lambda name, last: last in targets, rank, alpha // rank * rank)
