@@ -202,7 +202,7 @@ def test_rank_is_twice_loras(rank_of_the_change, out, into, rank, alpha, ratio):
     assert got == want, f"B A - B_K A_K of {out}x{into} at rank {rank} has rank {want}, got {got}"
 
 
-@pytest.mark.parametrize("what, want", [("nothing", 0), ("B_K is zero", 3), ("only B moved", 3), ("one row moved", 1), ("one direction is tiny", 4), ("one direction is small", 6), ("all is small", 6)])
+@pytest.mark.parametrize("what, want", [("nothing", 0), ("B_K is zero", 3), ("only B moved", 3), ("one row moved", 1), ("one direction is tiny", 4), ("one direction is small", 6), ("all is small", 6), ("all is large", 6), ("A_K is zero", 3)])
 def test_rank_where_the_factors_share_something(rank_of_the_change, what, want):
     _, A_K, B_K, A, B = factors(9, 11, 3)
     if what == "nothing":
@@ -220,8 +220,21 @@ def test_rank_where_the_factors_share_something(rank_of_the_change, what, want):
         B[:, 0] = 1e-7 * B[:, 0]
     elif what == "all is small":
         A, A_K, B, B_K = (1e-9 * t for t in (A, A_K, B, B_K))
+    elif what == "all is large":
+        A, A_K, B, B_K = (1e4 * t for t in (A, A_K, B, B_K))
+    elif what == "A_K is zero":
+        A_K = torch.zeros_like(A_K)
+        B_K[:, 1:] = 0.0                                            # B_K A would have rank 1
     got = rank_of_the_change(A_K, B_K, A, B)
     assert got == want, f"{what}: the rank of B A - B_K A_K is {want}, got {got} (a singular value counts from 1e-10 of the largest)"
+
+
+@pytest.mark.parametrize("second, want", [(1.5e-10, 2), (0.7e-10, 1)])
+def test_rank_counts_from_1e_10_of_the_largest(rank_of_the_change, second, want):
+    A, B = torch.zeros(2, 5, dtype=torch.float64), torch.zeros(7, 2, dtype=torch.float64)
+    A[0, 0], A[1, 1], B[0, 0], B[1, 1] = 1.0, second, 3.0, 3.0       # singular values 3 and 3 · second
+    got = rank_of_the_change(torch.zeros_like(A), torch.zeros_like(B), A, B)
+    assert got == want, f"singular values 3 and 3 · {second:g}: {want} of them count, got {got}"
 
 
 def test_rank_without_the_large_matrix(rank_of_the_change):
