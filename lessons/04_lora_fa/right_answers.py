@@ -86,7 +86,7 @@ def project_gradient__by_singular_values(g: Tensor, A: Tensor, scale: float) -> 
 def row_space__orthonormal(G: Tensor, A: Tensor) -> tuple[Tensor, float]:
     Q, _ = torch.linalg.qr(A.T)
     inside = G @ Q
-    return inside @ Q.T, float(inside.norm() ** 2 / G.norm() ** 2)
+    return inside @ Q.T, (inside.norm() ** 2 / G.norm() ** 2).item()
 
 
 def row_space__solve(G: Tensor, A: Tensor) -> tuple[Tensor, float]:

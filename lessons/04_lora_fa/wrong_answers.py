@@ -23,7 +23,7 @@ def bytes_formula__mask_for_free(tokens: int, into: int, rank: int, size: int, f
     return tokens * ((not frozen_A) * into + rank) * size
 
 
-@provokes("the other way round")
+@provokes("x is missing")
 def bytes_formula__trained_keeps_less(tokens: int, into: int, rank: int, size: int, frozen_A: bool, dropout: bool) -> int:
     return tokens * (frozen_A * into + dropout * into + rank) * size
 
@@ -280,7 +280,7 @@ def bytes_freed__nothing_behind_dropout(reads: dict[str, str], sizes: dict[str, 
     return 0 if dropout else bytes_freed__dropout_shares(reads, sizes, frozen, elsewhere, dropout)
 
 
-@provokes("an argument was changed")
+@provokes("work on a copy")
 def bytes_freed__empties_frozen(reads: dict[str, str], sizes: dict[str, int], frozen: set[str], elsewhere: set[str], dropout: bool) -> int:
     if dropout:
         return sum(sizes[reads[layer]] for layer in frozen)
@@ -315,7 +315,7 @@ def project_gradient__a_little_on_the_diagonal(g: Tensor, A: Tensor, scale: floa
     return g @ torch.linalg.inv(A @ A.T + 1e-13 * torch.eye(len(A), dtype=A.dtype)) / scale**2
 
 
-@provokes("was changed in place")
+@provokes("work on a copy")
 def project_gradient__overwrites(g: Tensor, A: Tensor, scale: float) -> Tensor:
     return g.copy_(g @ torch.linalg.pinv(A @ A.T) / scale**2)
 
