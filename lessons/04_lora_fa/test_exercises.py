@@ -27,7 +27,7 @@ def bill_is(got, want, tokens, into, rank, size, frozen_A, dropout):
                         (right // size, "these are numbers, not bytes"), (right + rank * into * size, "A is a parameter, which is there anyway")):
         assert got != wrong or wrong == right, f"{name} ({bill}: got {got:,}, {right:,} is right)"
     assert got == want == right, f"{bill}: {right:,} bytes, got {got:,}"
-    assert isinstance(got, int), f"bytes are a whole number, got {type(got).__name__}"
+    assert isinstance(got, int), f"an int is wanted, got {type(got).__name__} {got}"
 
 
 @pytest.mark.parametrize("frozen_A, dropout, want", [(False, False, 2_113_536), (True, False, 16_384), (False, True, 4_210_688), (True, True, 2_113_536)])
@@ -53,7 +53,7 @@ def test_saved_is_what_a_product_keeps(saved_bytes):
         got, want = saved_bytes(lambda: (a @ b).sum(), []), 2 * n * n * dtype.itemsize
         assert got != want // dtype.itemsize and got != n * n * 2 * 4 or got == want, f"bytes, not numbers, and a {dtype} has {dtype.itemsize} of them: {want}, got {got}"
         assert got == want, f"a @ b keeps a and b for backward, two tensors of equal size and values: {want} bytes, got {got}"
-        assert isinstance(got, int), f"bytes are a whole number, got {type(got).__name__}"
+        assert isinstance(got, int), f"an int is wanted, got {type(got).__name__} {got}"
 
 
 def test_saved_leaves_parameters_out(saved_bytes):

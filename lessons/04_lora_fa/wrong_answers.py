@@ -43,7 +43,7 @@ def bytes_formula__always_float32(tokens: int, into: int, rank: int, size: int, 
     return tokens * ((not frozen_A) * into + dropout * into + rank) * 4
 
 
-@provokes("bytes are a whole number")
+@provokes("an int is wanted, got float")
 def bytes_formula__a_float(tokens: int, into: int, rank: int, size: int, frozen_A: bool, dropout: bool) -> int:
     return tokens * ((not frozen_A) * into + dropout * into + rank) * size / 1
 
