@@ -91,7 +91,7 @@ def concatenate__mean(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tenso
     return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], dim=1) / len(pairs)
 
 
-@provokes("no gradient can come back")
+@provokes("no gradient reaches")
 def concatenate__detached(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat([A.data for A, _ in pairs]), torch.cat([B.data for _, B in pairs], dim=1)
 
@@ -122,7 +122,7 @@ def cross_terms__half(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     return sum((B @ A for i, (_, B) in enumerate(pairs) for A, _ in pairs[i + 1:]), torch.zeros(len(pairs[0][1]), pairs[0][0].shape[1], dtype=pairs[0][0].dtype))
 
 
-@provokes("the cross terms of a single adapter")
+@provokes("a Tensor is wanted, got int 0")
 def cross_terms__a_bare_zero(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     return sum(B @ A for i, (_, B) in enumerate(pairs) for j, (A, _) in enumerate(pairs) if i != j)
 
@@ -160,7 +160,7 @@ def merge_in_float32__no_scale(W: Tensor, A: Tensor, B: Tensor, scale: float) ->
     return (W.double() + B.double() @ A.double()).to(W.dtype)
 
 
-@provokes("W was changed in place")
+@provokes("changed its argument W")
 def merge_in_float32__in_place(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     return W.copy_(W.double() + scale * B.double() @ A.double())
 

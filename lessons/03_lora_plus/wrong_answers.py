@@ -46,12 +46,12 @@ def three_terms__forms_the_large_matrix(x: Tensor, A: Tensor, B: Tensor, dA: Ten
     return scale * (x @ (dB @ A).T), scale * (x @ (B @ dA).T), scale * (x @ (dB @ dA).T)
 
 
-@provokes("is cut off from autograd")
+@provokes("the gradient that reaches dB is off")
 def three_terms__detached(x: Tensor, A: Tensor, B: Tensor, dA: Tensor, dB: Tensor, scale: float) -> Terms:
     return scale * (x @ A.T @ dB.T), scale * (x @ dA.T @ B.T), (scale * (x @ dA.T @ dB.T)).detach()
 
 
-@provokes("is cut off from one of its factors")
+@provokes("no gradient reaches dB")
 def three_terms__step_as_a_constant(x: Tensor, A: Tensor, B: Tensor, dA: Tensor, dB: Tensor, scale: float) -> Terms:
     dA, dB = dA.detach(), dB.detach()
     return scale * (x @ A.T @ dB.T), scale * (x @ dA.T @ B.T), scale * (x @ dA.T @ dB.T)
