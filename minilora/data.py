@@ -9,18 +9,24 @@ choice; `{a.she}` is the pronoun that goes with it. So a document's probability 
 is a sum of log n, and no model, however large, can have a lower expected loss: the floor under every curve of the course.
 """
 
+import codecs
 import hashlib
 import math
+import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from minilora.encodings import not_utf8
 
 # Within a slot every word has a first letter of its own, so that to repeat a word is to repeat one byte.
 PRONOUN = {name: "she" for name in "Anna Clara Emma Grace Iris Lucy Maria Nora Rosa Vera".split()}
@@ -149,7 +155,7 @@ class Task:
     held_out(size): (N, size) int64, never trained on            questions: (prompt, exact answer), never trained on
     floor(windows): the least expected loss, nats per byte, where it is known
     choosing(): the same task with a held-out part of its own, to choose a learning rate on; it has nothing of this one's
-    fingerprint: of a text's bytes, which its name does not tell
+    fingerprint: of a text's bytes, which its name does not tell         seeded_by: a word for its random numbers, where it is not the name
     """
 
     name: str
@@ -160,16 +166,39 @@ class Task:
     floor: Callable[[Tensor], float] | None = None
     choosing: Callable[[], "Task"] | None = None
     fingerprint: str = ""
+    seeded_by: str = ""
 
-    def batches(self, rows: int = 16, context: int = 128, seed: int = 0) -> Callable[[int], tuple[Tensor, Tensor]]:
-        """batch(step) -> (x, y), each (rows, context) int64: a pure function of the step, so a resumed run sees what it would have seen."""
+    def batches(self, rows: int = 16, context: int = 128, seed: int = 0) -> "Batches":
+        """batches(step) -> (x, y), each (rows, context) int64: a pure function of the step, so a resumed run sees what it would have seen."""
+        return Batches(self, rows, context, seed)
 
-        def batch(step: int) -> tuple[Tensor, Tensor]:
-            rng = Random(f"{self.name}/{seed}/{step}")
-            windows = torch.tensor([list(self.window(rng, context + 1)) for _ in range(rows)])
-            return windows[:, :-1], windows[:, 1:]
 
-        return batch
+@dataclass(frozen=True)
+class Batches:
+    """The training windows of a task, step by step. fingerprint: of all that the task is made from, the held-out part too."""
+
+    task: Task
+    rows: int
+    context: int
+    seed: int
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        rng = Random(f"{self.task.seeded_by or self.task.name}/{self.seed}/{step}")
+        windows = torch.tensor([list(self.task.window(rng, self.context + 1)) for _ in range(self.rows)])
+        return windows[:, :-1], windows[:, 1:]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.task.fingerprint
+
+
+def placed(batch: Sequence[Tensor] | Mapping, device: torch.device | str) -> tuple:
+    """A batch on the device, as loss_fn takes it after the model: (x, y) as two arguments, a dict as one."""
+    if isinstance(batch, Mapping):
+        return ({name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()},)
+    if not isinstance(batch, tuple | list) or not all(isinstance(part, Tensor) for part in batch):
+        raise ValueError(f"batches(step) must give (x, y) or a dict of tensors, and it gave a {type(batch).__name__}")
+    return tuple(part.to(device) for part in batch)
 
 
 def world(voice: Callable[[str], str] = plainly, name: str = "world") -> Task:
@@ -247,56 +276,105 @@ def sums(below: int = 100) -> Task:
 
 
 def text(path: str | Path) -> Task:
-    """Any UTF-8 file, split by position: the last tenth is held out. Raises ValueError naming the file and what is wrong."""
+    """Any UTF-8 file or pipe, split by position: the last tenth is held out. Raises ValueError naming the file and what is wrong."""
+    return split_text(read(path), printed(path))
+
+
+def read(path: str | Path) -> bytes:
+    """The bytes of a text, read once, without a byte order mark, or a last character that was cut. Raises ValueError as `text` does."""
     path = Path(path)
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    if not content.strip():
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if not content or content.isspace():
         raise ValueError(f"{path}: the file is empty")
     try:
         content.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start} is 0x{content[error.start]:02x}); convert it to UTF-8 first") from None
+        if error.end < len(content) or error.reason != "unexpected end of data":
+            raise ValueError(f"{path}: {not_utf8(content, error.start, path)}") from None
+        warnings.warn(f"{path}: the file ends inside a character; what is there of it ({len(content) - error.start} bytes) is left out", stacklevel=2)
+        content = content[:error.start]
     if b"\0" in content:
-        raise ValueError(f"{path}: a binary file (byte {content.index(0)} is zero), not text")
+        raise ValueError(f"{path}: {not_utf8(content, content.index(0), path)}")
     if len(content) < TEXT_AT_LEAST:
         raise ValueError(f"{path}: too short: {len(content)} bytes of text, and fine-tuning needs at least {TEXT_AT_LEAST}")
-    return split_text(content, path.name)
+    return content
 
 
 TEXT_AT_LEAST = 2000    # so that the held-out tenth holds a window of the base's context and the training part ten
 
 
-def split_text(content: bytes, name: str) -> Task:
-    """A Task of one long text: training windows from anywhere in the first nine tenths, held-out ones tiled over the rest."""
-    cut = len(content) * 9 // 10
-    while content[cut] & 0xC0 == 0x80:           # not inside a character
-        cut += 1
-    train, rest = content[:cut], content[cut:]
+def printed(path: str | Path) -> str:
+    """The file's name as it can be printed: names are bytes, and not always UTF-8, or the system's locale does not know that they are."""
+    return os.fsencode(Path(path).name).decode(errors="replace")
+
+
+def split_text(content: bytes, name: str, seeded_by: str = "text") -> Task:
+    """A Task of one long text: training windows from anywhere in the first nine tenths, held-out ones tiled over the rest.
+
+    Its name seeds nothing: equal bytes give equal numbers, whatever the file is called.
+    """
+    train, rest = _split(content)
 
     def train_window(rng: Random, size: int) -> bytes:
-        start = rng.randrange(_at_least(len(train), size) - size + 1)
+        start = rng.randrange(_at_least(len(train), size, "to train on") - size + 1)
         return train[start:start + size]
 
     @lru_cache(maxsize=None)
     def held_out(size: int) -> Tensor:
-        fit = _at_least(len(rest), size) // size
+        fit = _at_least(len(rest), size, "in the held-out tenth") // size
         count = min(fit, 128)                    # of a long text: as many, spread evenly
         starts = [i * fit // count * size for i in range(count)]
         return torch.tensor([list(rest[start:start + size]) for start in starts])
 
-    return Task(name, train_window, held_out, prompt=rest[:48].decode(errors="ignore"), choosing=lambda: split_text(train, name),
-                fingerprint=hashlib.sha256(content).hexdigest())
+    return Task(name, train_window, held_out, prompt=rest[:48].decode(errors="ignore"), choosing=lambda: split_text(train, name, seeded_by),
+                fingerprint=hashlib.sha256(content).hexdigest(), seeded_by=seeded_by)
 
 
-def overlap(task: Task, content: bytes, size: int = 32) -> float:
-    """The share of held-out snippets of `size` bytes (at most 256 tried) that stand word for word in the training part."""
+def _split(content: bytes) -> tuple[bytes, bytes]:
     cut = len(content) * 9 // 10
-    train, rest = content[:cut], content[cut:]
-    snippets = [rest[i:i + size] for i in range(0, len(rest) - size + 1, max(size, len(rest) // 256))]
-    return sum(snippet in train for snippet in snippets) / len(snippets)
+    while content[cut] & 0xC0 == 0x80:           # not inside a character
+        cut += 1
+    return content[:cut], content[cut:]
+
+
+SNIPPET = 32
+
+
+def overlap(content: bytes) -> float:
+    """The share of the held-out part's snippets of 32 bytes (at most 256 tried) that stand word for word in the training part.
+
+    Wherever a snippet stands, three 8-byte words of the text lie whole in it, the first at one of the snippet's first eight bytes. So one
+    pass over the words' hashes shows where to look.
+    """
+    train, rest = _split(content)
+    snippets = [rest[i:i + SNIPPET] for i in range(0, len(rest) - SNIPPET + 1, max(SNIPPET, len(rest) // 256))]
+    wanted: dict[int, list[tuple[bytes, int]]] = {}
+    for snippet in snippets:
+        for shift in range(8):
+            wanted.setdefault(int(_hashes(np.frombuffer(snippet, "<u8", 3, shift))[0]), []).append((snippet, shift))
+    words, keys, found, looked = np.frombuffer(train, "<u8", len(train) // 8), np.array(sorted(wanted), dtype=np.uint64), set(), 0
+    listed = np.zeros(2**16, dtype=bool)
+    listed[keys >> 48] = True                                                # most hashes are none of ours by their first two bytes
+    for start in range(0, len(words), 2**18):
+        hashes = _hashes(words[start:start + 2**18 + 2])
+        maybe = np.flatnonzero(listed[hashes >> 48])
+        for place in maybe[np.isin(hashes[maybe], keys)].tolist():
+            at, looked = 8 * (start + place), looked + 1
+            found |= {snippet for snippet, shift in wanted[int(hashes[place])] if train[max(0, at - shift):at - shift + SNIPPET] == snippet}
+        if looked > 10**5:                                                   # a text that repeats itself without end: then plainly
+            found = {snippet for snippet in snippets if snippet in train}
+            break
+    return sum(snippet in found for snippet in snippets) / len(snippets)
+
+
+def _hashes(words: np.ndarray) -> np.ndarray:
+    """Of each three words that follow one another. words: (n,) uint64 -> (n - 2,)"""
+    odd = np.uint64(0x9E3779B97F4A7C15)
+    return ((words[:-2] * odd ^ words[1:-1]) * odd ^ words[2:]) * odd        # the products wrap around
 
 
 def prose() -> bytes:
@@ -315,7 +393,7 @@ def prose() -> bytes:
 def pretraining(context: int = 128, seed: int = 0) -> Callable[[int], tuple[Tensor, Tensor]]:
     """What the shipped base has read, as batches(step): 18 windows of the tiny world and 6 of prose."""
     tiny = world().batches(18, context, seed)
-    real = split_text(prose(), "prose").batches(6, context, seed)
+    real = split_text(prose(), "prose", seeded_by="prose").batches(6, context, seed)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         (x, y), (u, v) = tiny(step), real(step)
@@ -350,7 +428,7 @@ def _window(draw: Callable[[], str], size: int) -> bytes:
     return content[:size]
 
 
-def _at_least(length: int, size: int) -> int:
+def _at_least(length: int, size: int, where: str) -> int:
     if length < size:
-        raise ValueError(f"{length} bytes of text, but a window needs {size}: use a longer text or a shorter context")
+        raise ValueError(f"{length} bytes of text {where}, but a window needs {size}: use a longer text, or a model of shorter context")
     return length

@@ -30,6 +30,7 @@ from minilora.gpt import TinyGPT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFTS_COPIES = (".original_module.bias", ".modules_to_save.bias")     # bias = "all" makes PEFT write a saved module's bias three times
+START_OVER = "remove it to start over (--force does, on the command line)"
 
 def save_adapter(model: nn.Module, folder: str | Path, projection: bool = True) -> Path:
     """Write the model's adapter to `folder`, so that load_adapter here and PeftModel.from_pretrained in PEFT read it.
@@ -151,11 +152,11 @@ def load_checkpoint(path: str | Path, identity: dict) -> dict:
         saved = torch.load(path, map_location="cpu", weights_only=True)     # weights_only: data, never code
         state, theirs = saved["state"], saved["identity"]
     except Exception as error:
-        raise ValueError(f"{path}: not a whole checkpoint ({type(error).__name__}); remove it to start over") from None
+        raise ValueError(f"{path}: not a whole checkpoint ({type(error).__name__}); {START_OVER}") from None
     for key in identity:
         if theirs.get(key) != identity[key]:
             raise ValueError(f"{path}: a checkpoint of another run, whose {key} was {theirs.get(key)!r} and now is {identity[key]!r}; "
-                             "go on with the same settings, or remove it to start over")
+                             f"go on with the same settings, or {START_OVER}")
     return state
 
 
@@ -165,11 +166,17 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     beside = path.with_name(f".{path.name}.tmp")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; a file is to be written there")
-    with open(beside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from None     # a full disk does not say which file it was
+        raise
     if os.name == "posix":                                                  # the rename itself, too
         directory = os.open(path.parent, os.O_RDONLY)
         os.fsync(directory)

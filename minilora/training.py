@@ -1,19 +1,15 @@
 """The one training loop. It knows methods only through their hooks, and a run that was stopped goes on bit for bit.
 
-    loss = loss_fn(model, x, y) + method.penalty(model)
-    backward · method.before_step · optimizer.step · method.after_step        AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101)
+    loss = the mean of loss_fn over `accumulate` batches, + method.penalty(model)
+    backward · method.before_step · clip · optimizer.step · method.after_step        AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101)
 
 Batches are a pure function of the step, so all that a checkpoint must carry is: what is trained, the optimizer, the scheduler,
-the random state, the step, and the numbers so far.
+the random state, the step, and the numbers so far (runs.py).
 """
 
-import hashlib
 import math
-import signal
-import threading
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +19,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora import checks
-from minilora.adapter import Method, adapt, adapters, find_targets, put
-from minilora.storage import base_fingerprint, load_checkpoint, save_checkpoint
+from minilora.adapter import Method, adapt, adapters, disabled, find_targets, put
+from minilora.data import placed
+from minilora.runs import Run, alone, saved_state, stoppable, tie, uninterrupted
+from minilora.storage import base_fingerprint
 
 with warnings.catch_warnings():    # in a notebook without ipywidgets tqdm falls back to text, and need not say so
     warnings.simplefilter("ignore")
     from tqdm.auto import tqdm
 
-CHECKPOINT_SHARE = 0.05    # of the running time: as often as is nearly free, whatever the model's size
+IGNORED = -100             # a target of this value does not count, in F.cross_entropy and in transformers
 
 
-def next_byte_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy in nats. x, y: (B, T) int64; targets of -100 do not count. transformers' models work too."""
+def next_byte_loss(model: nn.Module, x: Tensor | Mapping, y: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy in nats. x, y: (B, T) int64; targets of -100 do not count. transformers' models work too.
+
+    x a dict (input_ids, attention_mask, labels …): the loss is the model's own. Where it has no labels, and the model is a causal language
+    model, they are its input_ids wherever attention_mask is not 0.
+    """
+    if isinstance(x, Mapping):
+        labels = _labels(model, x)
+        loss = getattr(model(**x if labels is None else {**x, "labels": labels}), "loss", None)
+        if loss is None:
+            raise ValueError(f"{type(model).__name__} gives no loss for a batch of {', '.join(x)}: it needs labels, or finetune a loss_fn")
+        return loss
     logits = model(x)
     logits = getattr(logits, "logits", logits)                     # (B, T, V)
     return F.cross_entropy(logits.flatten(0, -2).float(), y.flatten())
@@ -43,16 +51,18 @@ def next_byte_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def finetune(
     model: nn.Module,
     method: Method,
-    batches: Callable[[int], tuple[Tensor, Tensor]],
+    batches: Callable[[int], tuple[Tensor, ...] | Mapping],
     steps: int,
     lr: float,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     *,
     targets: list[str] | None = None,
-    loss_fn: Callable[[nn.Module, Tensor, Tensor], Tensor] = next_byte_loss,
+    loss_fn: Callable[..., Tensor] = next_byte_loss,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     weight_decay: float = 0.0,
+    accumulate: int = 1,
+    clip: float | None = None,
     warmup: int = 0,
     schedule: str = "constant",
     evaluate: Callable[[nn.Module], float] | None = None,
@@ -61,70 +71,94 @@ def finetune(
 ) -> dict[str, list]:
     """Train `model` with `method`, in place, and return the history as numbers.
 
-    batches(step) -> (x, y): a pure function of the step.     lr: the peak rate; `warmup` steps up to it, then by `schedule`:
+    batches(step) -> (x, y), or a dict as transformers' models take it: a pure function of the step.     loss_fn(model, x, y), or with a
+    dict loss_fn(model, batch): a mean over the targets.      lr: the peak rate; `warmup` steps up to it, then by `schedule`:
     "constant", or "linear" or "cosine" down to 0.            targets: as in adapt; a model that is adapted already (by an equal
     method) keeps its own and is trained on.                  optimizer(groups, lr=lr): makes it; for pages
     functools.partial(PagedAdamW, budget=...).                evaluate(model): a number worth following, taken before the first
     step, every `evaluate_every` steps and after the last.    checkpoint: a file; where it exists the run goes on from it and
     prints `resumed at step K`. It is written as often as costs little, when the run is interrupted, and at the end.
 
+    accumulate=k: a step reads k batches, batches(k · step) to batches(k · step + k - 1), one after the other, and makes the move that the
+    k together as one batch would make: each counts by its targets, those of -100 left out. The hooks are called once a step, and
+    LoRA-drop's warm-up reads single batches.                 clip: the largest length of the gradient over all that is trained, as
+    torch.nn.utils.clip_grad_norm_ has it. It sees what the optimizer will: all k batches, after method.before_step.
+
+    Which learning rate? Try some for a short while, each on a copy of the model; windows are held out, and not those of the report:
+
+        for lr in (1e-3, 3e-3, 1e-2, 3e-2):
+            ml.finetune(trial := copy.deepcopy(model), method, task.batches(), 50, lr)
+            print(lr, ml.held_out_loss(trial, windows))
+
+    (task = ml.data.text("my.txt").choosing(), windows = task.held_out(129).) One that is far too high raises FloatingPointError.
+
     Returns {"loss": [nats, per step, without the penalty], "lr": [per step], "evaluated": [[step, number], ...]}.
-    Raises ValueError on bad arguments or a checkpoint of another run, FloatingPointError when the loss stops being finite.
+    Raises ValueError on bad arguments, a checkpoint of another run, or while another run writes it; FloatingPointError when the loss, a
+    gradient or a parameter stops being finite: then the checkpoint holds the last step that was whole.
     """
-    _check(steps, lr, weight_decay, warmup, schedule, evaluate_every)
+    _check(steps, lr, weight_decay, warmup, schedule, evaluate_every, accumulate, clip)
     method = method.scheduled(steps)
     device = next(model.parameters()).device
-    identity, saved = {}, None
-    if checkpoint is not None:
-        layers = [name for name, _ in adapters(model)] or ([] if method.trains_base else list(find_targets(model, targets)))
-        identity = {"method": repr(method), "steps": steps, "lr": lr, "seed": seed, "weight decay": weight_decay, "warmup": warmup,
-                    "schedule": schedule, "optimizer": getattr(optimizer, "func", optimizer).__name__, "adapted layers": layers,
-                    "base": "" if method.trains_base else base_fingerprint(model)}
-        saved = _saved_state(Path(checkpoint), identity, batches)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):     # the caller's random numbers stay what they were
-        torch.manual_seed(seed)
-        with _adapted(model, method, targets):
-            if saved:
-                _tie(model, saved["tied"], checkpoint)             # what prepare decided then
-            else:
-                method.prepare(model, batches, loss_fn, lr)
-            optimizer = optimizer(method.parameter_groups(model, lr, weight_decay), lr=lr)
-            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(schedule, steps, warmup))
-            run = Run(model, optimizer, scheduler, checkpoint, identity)
-            if saved:
-                run.restore(saved)
-                print(f"resumed at step {run.step}", flush=True)
-        was_training = model.training
-        model.train()
-        bar = tqdm(total=steps, initial=run.step, unit="step", disable=not progress)
-        try:
-            for step in range(run.step, steps):
-                if evaluate and step % evaluate_every == 0:
+    data = getattr(batches, "fingerprint", "")
+
+    def parts(step: int) -> list:
+        return [batches(accumulate * step + part) for part in range(accumulate)]
+
+    with alone(checkpoint), stoppable():
+        identity, saved = {}, None
+        if checkpoint is not None:
+            layers = [name for name, _ in adapters(model)] or ([] if method.trains_base else list(find_targets(model, targets)))
+            identity = {"method": repr(method), "steps": steps, "lr": lr, "seed": seed, "weight decay": weight_decay, "warmup": warmup,
+                        "schedule": schedule, "optimizer": getattr(optimizer, "func", optimizer).__name__, "accumulate": accumulate, "clip": clip,
+                        "adapted layers": layers, "base": "" if method.trains_base else base_fingerprint(model)}
+            saved = saved_state(Path(checkpoint), identity, data, parts)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):     # the caller's random numbers stay what they were
+            torch.manual_seed(seed)
+            loss_of = Loss(loss_fn, device, lr)
+            with _adapted(model, method, targets):
+                if saved:
+                    tie(model, saved["tied"], checkpoint)              # what prepare decided then
+                else:
+                    method.prepare(model, batches, loss_of, lr)
+                optimizer = optimizer(method.parameter_groups(model, lr, weight_decay), lr=lr)
+                scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(schedule, steps, warmup))
+                run = Run(model, optimizer, scheduler, checkpoint, identity, data)
+                if saved:
+                    run.restore(saved)
+                    print(f"resumed at step {run.step}", flush=True)
+            trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+            was_training = model.training
+            model.train()
+            bar = tqdm(total=steps, initial=run.step, unit="step", disable=not progress)
+            try:
+                for step in range(run.step, steps):
+                    if evaluate and step % evaluate_every == 0:
+                        run.follow(evaluate)
+                    read = parts(step)
+                    run.note(read)
+                    optimizer.zero_grad()                              # before loss_fn, which may make a backward of its own
+                    loss = loss_of.backward(model, method, read, step)
+                    loss_of.check("the gradient of", {name: p.grad for name, p in trained.items() if p.grad is not None}, step)
+                    with run.whole_step():                             # Ctrl-C waits: a half-made step is never saved
+                        method.before_step(model, step)
+                        if clip is not None:
+                            nn.utils.clip_grad_norm_(trained.values(), clip)
+                        optimizer.step()
+                        method.after_step(model, step)
+                        loss_of.check("the parameter", trained, step + 1)
+                        run.history["loss"].append(loss)
+                        run.history["lr"].append(scheduler.get_last_lr()[0])
+                        scheduler.step()
+                    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                    bar.update()
+                if evaluate:
                     run.follow(evaluate)
-                x, y = batches(step)
-                if step == 0:
-                    run.first_batch = _digest(x, y)
-                loss = loss_fn(model, x.to(device), y.to(device))
-                if not math.isfinite(loss.item()):
-                    raise FloatingPointError(f"the loss is {loss.item()} at step {step}: a lower learning rate than {lr:g} may help")
+            finally:
+                bar.close()
                 optimizer.zero_grad()
-                (loss + method.penalty(model)).backward()
-                with run.whole_step():                             # Ctrl-C waits: a half-made step is never saved
-                    method.before_step(model, step)
-                    optimizer.step()
-                    method.after_step(model, step)
-                    run.history["loss"].append(loss.item())
-                    run.history["lr"].append(scheduler.get_last_lr()[0])
-                    scheduler.step()
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-                bar.update()
-            if evaluate:
-                run.follow(evaluate)
-        finally:
-            run.save()
-            bar.close()
-            optimizer.zero_grad()
-            model.train(was_training)
+                model.train(was_training)
+                with uninterrupted():
+                    run.save()
     return run.history
 
 
@@ -143,80 +177,90 @@ class Schedule:
         return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.shape]
 
 
-class Run:
-    """What a checkpoint holds: what is trained, optimizer, scheduler, random state, step, history; and whose run it is."""
+@dataclass(frozen=True)
+class Loss:
+    """loss_fn as the loop calls it: over several batches, and with the reason where it is no finite number."""
 
-    def __init__(self, model: nn.Module, optimizer, scheduler, path: str | Path | None, identity: dict):
-        self.model, self.optimizer, self.scheduler, self.path, self.identity = model, optimizer, scheduler, path, identity
-        self.step = 0
-        self.history: dict[str, list] = {"loss": [], "lr": [], "evaluated": []}
-        self.first_batch = ""                  # its digest, which tells whether a resumed run reads the same data
-        self.random = _random_state(model)
-        self.is_whole = True
-        self.started, self.spent_saving = time.monotonic(), 0.0
+    loss_fn: Callable[..., Tensor]
+    device: torch.device
+    lr: float
 
-    def restore(self, state: dict) -> None:
-        ours, saved = _trained(self.model), state["trained"]
-        if ours.keys() != saved.keys():
-            differ = sorted(ours.keys() ^ saved.keys())
-            raise ValueError(f"{self.path}: a checkpoint of a run that trained other tensors ({differ[0]}{', …' if differ[1:] else ''}); "
-                             "remove it to start over")
-        with torch.no_grad():
-            for name, tensor in ours.items():
-                tensor.copy_(state["trained"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.step, self.history, self.random, self.first_batch = (state[key] for key in ("step", "history", "random", "first batch"))
-        _set_random_state(self.model, self.random)
+    def __call__(self, model: nn.Module, *batch: Tensor | Mapping, step: int | None = None) -> Tensor:
+        loss = self.loss_fn(model, *batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise ValueError(f"loss_fn must give one number as a tensor, the mean over the batch, and it gave {what}")
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {loss.item()} {'in the warm-up' if step is None else f'at step {step}'}: {self.reason(model, batch, step)}")
+        return loss
 
-    @contextmanager
-    def whole_step(self) -> Iterator[None]:
-        """Around everything that changes the state: all of it happens, or the checkpoint before it stands."""
-        with uninterrupted():
-            self.is_whole = False
-            yield
-            self.step += 1
-            self.random = _random_state(self.model)
-            self.is_whole = True
-            if self.spent_saving <= CHECKPOINT_SHARE * (time.monotonic() - self.started):
-                self.save()
+    def backward(self, model: nn.Module, method: Method, read: list, step: int) -> float:
+        """The gradient of the mean over all batches that a step reads, plus the penalty. Returns that mean.
 
-    def save(self) -> None:
-        if self.path is None or not self.is_whole:
-            return
-        began = time.monotonic()
-        save_checkpoint(self.path, self.identity, {
-            "trained": _trained(self.model), "tied": _tied(self.model), "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-            "random": self.random, "step": self.step, "history": self.history, "first batch": self.first_batch,
-        })
-        self.spent_saving += time.monotonic() - began
+        Each batch weighs as much as it has targets that count: then the sum of their means is the mean of all.
+        """
+        weights = [_counted(_targets(model, placed(batch, "cpu"))) for batch in read] if len(read) > 1 else [1]
+        parts = [(batch, weight) for batch, weight in zip(read, weights) if weight] or [(read[0], 1)]
+        mean = 0.0
+        for i, (batch, weight) in enumerate(parts):
+            loss = self(model, *placed(batch, self.device), step=step) * (weight / max(1, sum(weights)))
+            mean += loss.item()
+            if i == len(parts) - 1:
+                loss = loss + method.penalty(model)
+            if loss.requires_grad:
+                loss.backward()
+        if all(parameter.grad is None for parameter in model.parameters()):
+            raise ValueError("nothing to train on: the loss does not depend on any parameter that is trained")
+        return mean
 
-    def follow(self, evaluate: Callable[[nn.Module], float]) -> None:
-        """Note evaluate(model) for this step, once. It runs in eval mode and cannot move the training's random numbers."""
-        evaluated = self.history["evaluated"]
-        if not evaluated or evaluated[-1][0] != self.step:
-            self.model.eval()
-            with torch.no_grad():
-                evaluated.append([self.step, float(evaluate(self.model))])
-            self.model.train()
-            _set_random_state(self.model, self.random)
+    def check(self, what: str, tensors: dict[str, Tensor], step: int) -> None:
+        """Raises FloatingPointError where one of them holds a value that is no finite number."""
+        flags = [tensor.isfinite().all() for tensor in tensors.values()]
+        if flags and not torch.stack([flag.to(self.device) for flag in flags]).all():
+            name = next(name for name, flag in zip(tensors, flags) if not flag)
+            raise FloatingPointError(f"{what} {name} is not finite at step {step}: {self.advice(step)}")
+
+    def reason(self, model: nn.Module, batch: tuple, step: int | None) -> str:
+        values = [value for part in batch for value in (part.values() if isinstance(part, Mapping) else [part]) if isinstance(value, Tensor)]
+        if not all(value.numel() for value in values):
+            return "its batch is empty"
+        if not _counted(_targets(model, batch)):
+            return f"all targets of its batch are {IGNORED}, and those do not count, so there is nothing to learn from"
+        if not all(value.isfinite().all() for value in values):
+            return "its batch holds values that are not finite numbers"
+        with torch.no_grad(), disabled(model):
+            if any(True for _ in adapters(model)) and not self.loss_fn(model, *batch).isfinite():
+                return "and so it is without the adapters; look at the model and at this batch"
+        return self.advice(step)
+
+    def advice(self, step: int | None) -> str:
+        return "and nothing was trained before; look at the model and at this batch" if step == 0 else f"a lower learning rate than {self.lr:g} may help"
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C inside the block takes effect at its end. (Python delivers signals to the main thread only.)"""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
-    pressed = []
-    signal.signal(signal.SIGINT, lambda *signal_and_frame: pressed.append(signal_and_frame))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        before(*pressed[0])
+def _targets(model: nn.Module, batch: tuple) -> Tensor:
+    """What the loss of this batch is a mean over. The labels of a causal language model are its inputs, so the first is nobody's target."""
+    if not isinstance(batch[0], Mapping):
+        return batch[-1]
+    labels = _labels(model, batch[0])
+    if labels is None:
+        return next(value for value in batch[0].values() if isinstance(value, Tensor))[:, 0]      # one for each row
+    return labels[..., 1:] if _is_causal(model) else labels
+
+
+def _counted(targets: Tensor) -> int:
+    return targets.numel() if targets.is_floating_point() else int((targets != IGNORED).sum())
+
+
+def _labels(model: nn.Module, batch: Mapping) -> Tensor | None:
+    if "labels" in batch or "input_ids" not in batch or not _is_causal(model):
+        return batch.get("labels")
+    padding = batch["attention_mask"] == 0 if "attention_mask" in batch else torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    return batch["input_ids"].masked_fill(padding, IGNORED)
+
+
+def _is_causal(model: nn.Module) -> bool:
+    """Whether a transformers model continues its own input."""
+    return hasattr(model, "can_generate") and model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
 
 
 @torch.no_grad()
@@ -265,16 +309,6 @@ def answer_loss(model: nn.Module, questions: Sequence[tuple[str, str]], rows: in
     return nats / size
 
 
-def _saved_state(path: Path, identity: dict, batches: Callable) -> dict | None:
-    """What the checkpoint holds, if there is one; refused where it belongs to a run with other settings or other data."""
-    if not path.exists():
-        return None
-    state = load_checkpoint(path, identity)
-    if state["step"] and state["first batch"] != _digest(*batches(0)):
-        raise ValueError(f"{path}: a checkpoint of another run, whose first batch was another: the data or its seed has changed")
-    return state
-
-
 @contextmanager
 def _adapted(model: nn.Module, method: Method, targets: list[str] | None) -> Iterator[None]:
     """Adapt the model, unless it is adapted already by an equal method. Where the block fails, the model is as it was."""
@@ -299,59 +333,15 @@ def _adapted(model: nn.Module, method: Method, targets: list[str] | None) -> Ite
         layer.method = method                  # it now knows the length of training
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """By name: every parameter that is trained or belongs to an adapter, and every buffer but the frozen layers' own: a method keeps its
-    state in buffers, and a norm its running means."""
-    own = {id(p) for _, layer in adapters(model) for name, p in layer.named_parameters() if not name.startswith("base.")}
-    fixed = {id(tensor) for _, layer in adapters(model) for tensor in layer.base.buffers()}
-    state = {name: p for name, p in model.named_parameters() if p.requires_grad or id(p) in own}        # a shared one once
-    return state | {name: buffer for name, buffer in model.named_buffers() if id(buffer) not in fixed}
-
-
-def _tied(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter of the adapters that has several, because layers share it."""
-    names: dict[int, list[str]] = {}
-    for prefix, layer in adapters(model):
-        for name, p in layer.named_parameters():
-            names.setdefault(id(p), []).append(f"{prefix}.{name}")
-    return [several for several in names.values() if len(several) > 1]
-
-
-def _tie(model: nn.Module, groups: list[list[str]], path: str | Path) -> None:
-    """Let layers share as they did in the run that is gone on with."""
-    there = _tied(model)
-    if there and there != groups:
-        raise ValueError(f"{path}: a checkpoint of a run whose layers shared other tensors ({' = '.join((groups or there)[0])}); "
-                         "remove it to start over")
-    for first, *rest in groups:
-        for name in rest:
-            layer, _, parameter = name.rpartition(".")
-            setattr(model.get_submodule(layer), parameter, model.get_parameter(first))
-
-
-def _random_state(model: nn.Module) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    state = {"cpu": torch.get_rng_state()}
-    if device.type in ("cuda", "mps"):
-        state[device.type] = getattr(torch, device.type).get_rng_state()
-    return state
-
-
-def _set_random_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    device = next(model.parameters()).device.type
-    if device in state and device != "cpu":
-        getattr(torch, device).set_rng_state(state[device])
-
-
-def _digest(*batch: Tensor) -> str:
-    return hashlib.sha256(b"".join(part.cpu().contiguous().numpy().tobytes() for part in batch)).hexdigest()
-
-
-def _check(steps, lr, weight_decay, warmup, schedule, evaluate_every) -> None:
-    for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0), ("evaluate_every", evaluate_every, 1)):
+def _check(steps, lr, weight_decay, warmup, schedule, evaluate_every, accumulate, clip) -> None:
+    for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0), ("evaluate_every", evaluate_every, 1), ("accumulate", accumulate, 1)):
         checks.whole(name, value, least)
     checks.number("the learning rate", lr, "above 0", lambda lr: lr > 0)
     checks.number("weight_decay", weight_decay, "of at least 0", lambda decay: decay >= 0)
+    if clip is not None:
+        checks.number("clip", clip, "above 0", lambda clip: clip > 0)
     if schedule not in ("constant", "linear", "cosine"):
         raise ValueError(f"schedule must be constant, linear or cosine, got {schedule!r}")
+    if warmup >= steps:
+        peak = Schedule(schedule, steps, warmup)(steps - 1)
+        warnings.warn(f"a warm-up of {warmup} steps does not end in {steps} steps of training: the learning rate comes to {peak:.0%} of {lr:g}", stacklevel=3)

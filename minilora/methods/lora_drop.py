@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from minilora import checks
 from minilora.adapter import adapters
+from minilora.data import placed
 from minilora.methods.lora import LoRA, LoRALinear
 
 
@@ -70,9 +71,8 @@ class LoRADrop(LoRA):
         optimizer = torch.optim.AdamW(self.parameter_groups(model, lr))
         model.train()
         for step in range(self.warmup_steps):
-            x, y = batches(step)
             optimizer.zero_grad()
-            loss_fn(model, x.to(device), y.to(device)).backward()
+            loss_fn(model, *placed(batches(step), device)).backward()
             optimizer.step()
 
     @torch.no_grad()
@@ -92,8 +92,7 @@ class LoRADrop(LoRA):
         try:
             model.eval()
             for step in range(self.warmup_steps):
-                x, y = batches(step)
-                loss_fn(model, x.to(device), y.to(device))
+                loss_fn(model, *placed(batches(step), device))
         finally:
             for hook in hooks:
                 hook.remove()
