@@ -21,3 +21,5 @@ from minilora.methods.loftq import LoftQ, LoftQLinear, QPiSSA
 from minilora.training import answer_loss, exact_match, finetune, held_out_loss, next_byte_loss
 from minilora.storage import load_adapter, save_adapter
 from minilora import data
+
+__version__ = "0.1.0"

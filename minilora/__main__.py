@@ -14,19 +14,24 @@
 import argparse
 import io
 import sys
+import warnings
 
+from minilora import __version__
 from minilora.commands import compare, cost, finetune, generate, pretrain
 from minilora.commands.arguments import Parser
+from minilora.runs import stoppable
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns its exit code: 0, 2 for bad input (one line says what), 130 after Ctrl-C."""
+    """Run one command. Returns its exit code: 0, 2 for bad input (one line says what), 130 after Ctrl-C, 143 after kill."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")          # a terminal without UTF-8 shows ? and goes on
     args = parser().parse_args(arguments)
     try:
-        return args.run(args)
+        with warnings.catch_warnings(), stoppable():
+            warnings.showwarning = lambda message, *_: print(f"minilora: {message}", file=sys.stderr)
+            return args.run(args)
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
@@ -39,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> Parser:
     top = Parser(prog="minilora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--version", action="version", version=f"minilora {__version__}")
     commands = top.add_subparsers(required=True, metavar="command", parser_class=Parser)
     for command in (finetune, generate, compare, cost, pretrain):
         command.add(commands)

@@ -295,7 +295,7 @@ def read(path: str | Path) -> bytes:
     except UnicodeDecodeError as error:
         if error.end < len(content) or error.reason != "unexpected end of data":
             raise ValueError(f"{path}: {not_utf8(content, error.start, path)}") from None
-        warnings.warn(f"{path}: the file ends inside a character; what is there of it ({len(content) - error.start} bytes) is left out", stacklevel=2)
+        warnings.warn(f"{path}: the file ends inside a character; its beginning ({content[error.start:].hex(' ')}) is left out", stacklevel=2)
         content = content[:error.start]
     if b"\0" in content:
         raise ValueError(f"{path}: {not_utf8(content, content.index(0), path)}")
@@ -344,31 +344,41 @@ def _split(content: bytes) -> tuple[bytes, bytes]:
 SNIPPET = 32
 
 
-def overlap(content: bytes) -> float:
-    """The share of the held-out part's snippets of 32 bytes (at most 256 tried) that stand word for word in the training part.
+def overlap(task: Task, content: bytes) -> float:
+    """The share of a text's held-out snippets of 32 bytes (at most 256 tried) that stand word for word in its training part.
 
     Wherever a snippet stands, three 8-byte words of the text lie whole in it, the first at one of the snippet's first eight bytes. So one
     pass over the words' hashes shows where to look.
     """
     train, rest = _split(content)
     snippets = [rest[i:i + SNIPPET] for i in range(0, len(rest) - SNIPPET + 1, max(SNIPPET, len(rest) // 256))]
+    missing = {*snippets}
+    for looked, (snippet, place) in enumerate(_likely_places(train, {*snippets})):
+        if train[place:place + SNIPPET] == snippet:
+            missing.discard(snippet)
+        if not missing:
+            break
+        if looked == 10**5:                      # a text that repeats itself without end: then plainly
+            missing = {snippet for snippet in missing if snippet not in train}
+            break
+    return sum(snippet not in missing for snippet in snippets) / len(snippets)
+
+
+def _likely_places(text: bytes, snippets: set[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Of each snippet all places in `text` where it stands, and few others."""
     wanted: dict[int, list[tuple[bytes, int]]] = {}
     for snippet in snippets:
         for shift in range(8):
             wanted.setdefault(int(_hashes(np.frombuffer(snippet, "<u8", 3, shift))[0]), []).append((snippet, shift))
-    words, keys, found, looked = np.frombuffer(train, "<u8", len(train) // 8), np.array(sorted(wanted), dtype=np.uint64), set(), 0
-    listed = np.zeros(2**16, dtype=bool)
-    listed[keys >> 48] = True                                                # most hashes are none of ours by their first two bytes
+    words, keys, listed = np.frombuffer(text, "<u8", len(text) // 8), np.array(sorted(wanted), dtype=np.uint64), np.zeros(2**16, dtype=bool)
+    listed[keys >> 48] = True                    # most hashes are none of these by their first two bytes
     for start in range(0, len(words), 2**18):
         hashes = _hashes(words[start:start + 2**18 + 2])
         maybe = np.flatnonzero(listed[hashes >> 48])
         for place in maybe[np.isin(hashes[maybe], keys)].tolist():
-            at, looked = 8 * (start + place), looked + 1
-            found |= {snippet for snippet, shift in wanted[int(hashes[place])] if train[max(0, at - shift):at - shift + SNIPPET] == snippet}
-        if looked > 10**5:                                                   # a text that repeats itself without end: then plainly
-            found = {snippet for snippet in snippets if snippet in train}
-            break
-    return sum(snippet in found for snippet in snippets) / len(snippets)
+            for snippet, shift in wanted[int(hashes[place])]:
+                if 8 * (start + place) >= shift:
+                    yield snippet, 8 * (start + place) - shift
 
 
 def _hashes(words: np.ndarray) -> np.ndarray:

@@ -21,7 +21,9 @@ ENCODINGS = {
     "GBK": (CHINESE, 0.1), "GB18030": (CHINESE, 0.1), "BIG5": (TRADITIONAL, 0.1), "SHIFT_JIS": (KANA, 0.2), "EUC-JP": (KANA, 0.2), "EUC-KR": (HANGUL, 0.2),
     "WINDOWS-1251": (RUSSIAN, 0.6), "KOI8-R": (RUSSIAN, 0.6), "ISO-8859-7": (GREEK, 0.6)}
 AMONG_ASCII = {"ISO-8859-1": (WESTERN, 0.8), "WINDOWS-1252": (WESTERN, 0.8), "ISO-8859-2": (CENTRAL, 0.8), "WINDOWS-1250": (CENTRAL, 0.8)}
-WITH_ZEROS = dict.fromkeys(("UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"), ("".join(map(chr, (9, 10, 13, *range(32, 127)))) + CHINESE + TRADITIONAL + KANA + HANGUL + RUSSIAN + GREEK + WESTERN + CENTRAL, 0.3))
+ASCII = "\t\n\r" + "".join(map(chr, range(32, 127)))
+EVERYTHING = ASCII + CHINESE + TRADITIONAL + KANA + HANGUL + RUSSIAN + GREEK + WESTERN + CENTRAL
+WITH_ZEROS = dict.fromkeys(("UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"), (EVERYTHING, 0.3))
 
 
 def not_utf8(content: bytes, at: int, path: Path) -> str:
@@ -35,7 +37,9 @@ def not_utf8(content: bytes, at: int, path: Path) -> str:
     found = likely_encoding(content[:2**15]) or likely_encoding(content[start:at + 2**15])
     if found:
         return f"not UTF-8 text ({byte}) but, it seems, {found}; to convert it: iconv -f {found} -t UTF-8 {source} > {target}"
-    return f"not UTF-8 text ({byte}); convert it to UTF-8 first" if content[at] else f"a binary file ({byte}), not text"
+    if b"\0" in content:
+        return f"a binary file (byte {content.index(0)} is zero), not UTF-8 text"
+    return f"not UTF-8 text ({byte}); convert it to UTF-8 first"
 
 
 def likely_encoding(sample: bytes) -> str | None:

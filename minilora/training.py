@@ -312,13 +312,14 @@ def answer_loss(model: nn.Module, questions: Sequence[tuple[str, str]], rows: in
 @contextmanager
 def _adapted(model: nn.Module, method: Method, targets: list[str] | None) -> Iterator[None]:
     """Adapt the model, unless it is adapted already by an equal method. Where the block fails, the model is as it was."""
-    there = [layer for _, layer in adapters(model)]
+    there = dict(adapters(model))
+    other = next((name for name, layer in there.items() if layer.method != method), None)
     before = {} if there or method.trains_base else find_targets(model, targets)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     if not there or method.trains_base:
         adapt(model, method, targets)
-    elif there[0].method != method:
-        raise ValueError(f"the model is adapted with {there[0].method}, and was asked to train {method}")
+    elif other:
+        raise ValueError(f"the model is adapted with {there[other].method} at {other}, and was asked to train {method}")
     elif not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("nothing to train: every parameter is frozen; load_adapter(..., trainable=True) loads an adapter for training")
     try:

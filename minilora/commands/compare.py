@@ -41,26 +41,22 @@ def add(commands) -> None:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    tasks = {args.text.name: data.text(args.text)} if args.text else {name: compare.TASKS[name]() for name in args.task}
+    tasks = [data.text(args.text)] if args.text else [compare.TASKS[name]() for name in args.task]
+    tasks = {task.name: task for task in tasks}
     settings = compare.Settings(args.steps or (40 if args.quick else 100), base=args.base)
     out, seeds = args.out or Path("runs/compare"), args.seeds or (1 if args.quick else 5)
     byte_base(args.base)
-    made = room(out)
-    budget = compare.at_budget(args.budget, settings.steps, args.base) if args.budget else []
-    lineup = list(dict.fromkeys([*compare.entries(), *budget, *(claims.LINEUP if args.claims else ())]))
     command = " ".join(["python -m minilora", *(sys.argv[1:] if sys.argv[0].endswith("__main__.py") else ["compare"])])
-    try:
-        runs = compare.compare(tasks, seeds, out, settings, lineup, args.quick, command).content["runs"]
-    except KeyboardInterrupt:
-        print(f"\nstopped; the finished runs are in {out}. The same command goes on from there.", file=sys.stderr)
-        return 130
-    except ValueError:
-        for folder in made:                               # refused before the first run: no empty folder stays
-            if not any(folder.iterdir()):
-                folder.rmdir()
-        raise
-    runs = [run for run in runs if run["task"] in tasks and run["seed"] < seeds]        # an earlier call may have made more
-    write_comparison(runs, out)
+    with room(out):
+        budget = compare.at_budget(args.budget, settings.steps, args.base) if args.budget else []
+        lineup = list(dict.fromkeys([*compare.entries(), *budget, *(claims.LINEUP if args.claims else ())]))
+        try:
+            runs = compare.compare(tasks, seeds, out, settings, lineup, args.quick, command).content["runs"]
+        except KeyboardInterrupt:
+            print(f"\nstopped; the finished runs are in {out}. The same command goes on from there.", file=sys.stderr)
+            return 130
+        runs = [run for run in runs if run["task"] in tasks and run["seed"] < seeds]    # an earlier call may have made more
+        write_comparison(runs, out)
     for task in tasks:
         print(f"\n{task}, at equal steps; bytes in KiB, time as a share of full fine-tuning's, forgotten in bits per byte on the tiny world")
         print(scoreboard.table(runs, task))
@@ -109,18 +105,18 @@ def run_claims(args: argparse.Namespace) -> int:
 
 def run_capacity(args: argparse.Namespace) -> int:
     data.invented(args.facts)                             # refused here, if there are not so many
-    room(args.out)
-    file = args.out / "capacity.json"
-    records = capacity.read(file) if file.exists() else []
+    with room(args.out):
+        file = args.out / "capacity.json"
+        records = capacity.read(file) if file.exists() else []
 
-    def keep(record: dict) -> None:
-        records.append(record)
-        storage.write_atomically(file, ("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n").encode())
+        def keep(record: dict) -> None:
+            records.append(record)
+            storage.write_atomically(file, ("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n").encode())
 
-    found = capacity.curve(args.facts, args.steps, args.seeds, list(records), keep=keep)
-    for name, figure in (("capacity.png", plots.capacity(found)), ("film.png", plots.rank_film(capacity.film()))):
-        picture = io.BytesIO()
-        figure.savefig(picture, dpi=110)
-        storage.write_atomically(args.out / name, picture.getvalue())
+        found = capacity.curve(args.facts, args.steps, args.seeds, list(records), keep=keep)
+        for name, figure in (("capacity.png", plots.capacity(found)), ("film.png", plots.rank_film(capacity.film()))):
+            picture = io.BytesIO()
+            figure.savefig(picture, dpi=110)
+            storage.write_atomically(args.out / name, picture.getvalue())
     print(f"in {args.out}: {', '.join(sorted(file.name for file in args.out.iterdir()))}")
     return 0

@@ -14,9 +14,10 @@ import torch
 import minilora as ml
 from minilora import data, plots, storage
 from minilora.commands.arguments import layer_names, method_name, positive, whole
-from minilora.commands.folders import refuse_file, room
+from minilora.commands.folders import room
 from minilora.commands.models import MODEL, base_argument, byte_base, on_best_device
 from minilora.methods import METHODS, RATES, make_method
+from minilora.runs import lock_of
 
 CHECKPOINT, HISTORY, PICTURE = "checkpoint.pt", "history.json", "loss.png"
 WRITTEN = (CHECKPOINT, MODEL, HISTORY, PICTURE, storage.CONFIG, storage.WEIGHTS)
@@ -25,13 +26,15 @@ WRITTEN = (CHECKPOINT, MODEL, HISTORY, PICTURE, storage.CONFIG, storage.WEIGHTS)
 def add(commands) -> None:
     parser = commands.add_parser("finetune", help="adapt the base to a text or a built-in task")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", type=Path, metavar="FILE", help="any UTF-8 file; its last tenth is held out")
+    source.add_argument("--text", type=Path, metavar="FILE", help="any UTF-8 file or pipe; its last tenth is held out")
     source.add_argument("--task", choices=data.TASKS, help="a task with known answers")
     parser.add_argument("--method", type=method_name, default="lora", help=", ".join(METHODS))
     parser.add_argument("--rank", type=whole(1, 2**16), help="rank of the update (default: 8, VeRA 64); AdaLoRA's target, from half as much again")
     parser.add_argument("--alpha", type=positive, help="strength of the update (default: the method's)")
     parser.add_argument("--steps", type=whole(1), default=200)
     parser.add_argument("--lr", type=positive, help="peak learning rate (default: one that suits the method)")
+    parser.add_argument("--accumulate", type=whole(1), default=1, metavar="N", help="batches of 16 windows that a step reads, one after the other (default: 1)")
+    parser.add_argument("--clip", type=positive, metavar="LENGTH", help="largest length of the gradient (default: any)")
     parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--targets", type=layer_names, help="comma-separated names of layers (default: all linear layers of the blocks)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the adapter goes (default: runs/NAME-METHOD)")
@@ -41,39 +44,45 @@ def add(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    task = data.text(args.text) if args.text else data.TASKS[args.task]()
+    content = data.read(args.text) if args.text else b""              # once: a pipe has nothing to say twice
+    task = data.split_text(content, data.printed(args.text)) if args.text else data.TASKS[args.task]()
     method = make_method(args.method, args.rank, args.alpha, args.steps)
-    targets = args.targets
     model = on_best_device(byte_base(args.base))
-    ml.adapt(copy.deepcopy(model), method, targets)       # whatever the method or the targets refuse, it is refused here
-    context, lr = model.config.context, args.lr or RATES[args.method]
-    windows = task.held_out(context + 1)
-
+    ml.adapt(copy.deepcopy(model), method, args.targets)              # whatever the method or the targets refuse, it is refused here
+    windows = task.held_out(model.config.context + 1)
     out = args.out or Path("runs") / f"{args.text.stem if args.text else args.task}-{args.method}"
-    made = claim(out, args.force)
-    try:
-        seen = f", {data.overlap(task, args.text.read_bytes()):.0%} of them seen in training" if args.text else ""
+    with room(out):
+        claim(out, args.force)
+        seen = f", {data.overlap(task, content):.0%} of them seen in training" if args.text else ""
         print(f"{task.name}: {windows.numel():,} bytes held out{seen}\n\nbefore:\n{sample(model, task)}\n")
         before = scores(model, task, windows)
         try:
-            history = ml.finetune(
-                model, method, task.batches(16, context, args.seed), args.steps, lr, args.seed, out / CHECKPOINT, targets=targets,
-                warmup=min(20, args.steps // 10), schedule="linear", evaluate=lambda model: ml.held_out_loss(model, windows))
-        except KeyboardInterrupt:
+            summary = train(args, model, method, task, windows, out / CHECKPOINT)
+        except (KeyboardInterrupt, SystemExit) as stop:
             print(f"\nstopped; a checkpoint is in {out}. The same command goes on from there.", file=sys.stderr)
-            return 130
+            return 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}. In {out} is the checkpoint of this run; --force starts another one there") from None
         after = scores(model, task, windows)
         print(f"\nafter:\n{sample(model, task)}\n")
         report(model, args.method, before, after)
-        settings = {"task": task.name, "method": args.method, "hyperparameters": dataclasses.asdict(method), "targets": targets,
-                    "steps": args.steps, "lr": lr, "seed": args.seed, "trainable_parameters": ml.trainable_parameters(model)}
-        write_results(out, model, settings | {"before": before, "after": after} | history, task.floor and task.floor(windows))
-        print(f"\nin {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
-        return 0
-    finally:
-        for folder in made:                               # a folder that nothing was written to is not left behind
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
+        write_results(out, model, summary | {"before": before, "after": after}, task.floor and task.floor(windows))
+        print(f"\nin {out}: {', '.join(sorted(file.name for file in out.iterdir() if not file.name.startswith('.')))}")
+    return 0
+
+
+def train(args: argparse.Namespace, model: ml.TinyGPT, method: ml.Method, task: data.Task, windows: torch.Tensor, checkpoint: Path) -> dict:
+    """Fine-tune the model. Returns the settings and the history."""
+    lr = args.lr or RATES[args.method]
+    history = ml.finetune(
+        model, method, task.batches(16, model.config.context, args.seed), args.steps, lr, args.seed, checkpoint, targets=args.targets,
+        accumulate=args.accumulate, clip=args.clip, warmup=min(20, args.steps // 10), schedule="linear",
+        evaluate=lambda model: ml.held_out_loss(model, windows))
+    at_the_end = history["evaluated"][-1][1]
+    if not math.isfinite(at_the_end):
+        raise FloatingPointError(f"after the last step the held-out loss is {at_the_end}: a lower learning rate than {lr:g} may help")
+    return {"task": task.name, "method": args.method, "hyperparameters": dataclasses.asdict(method), "targets": args.targets, "steps": args.steps,
+            "lr": lr, "seed": args.seed, "accumulate": args.accumulate, "clip": args.clip, "trainable_parameters": ml.trainable_parameters(model)} | history
 
 
 def write_results(out: Path, model: ml.TinyGPT, summary: dict, floor: float | None) -> None:
@@ -90,20 +99,17 @@ def write_results(out: Path, model: ml.TinyGPT, summary: dict, floor: float | No
     (out / CHECKPOINT).unlink(missing_ok=True)
 
 
-def claim(out: Path, force: bool) -> list[Path]:
-    """Make sure that the folder is there, ours to write in, and no finished run's. Returns the folders that had to be made."""
-    refuse_file(out)
-    unfinished = {f".{name}.tmp" for name in WRITTEN}     # what a kill in the middle of writing leaves
-    there = {file.name for file in out.iterdir()} - unfinished if out.exists() else set()
+def claim(out: Path, force: bool) -> None:
+    """Refuse a folder that holds a finished run, or other things and no run to go on with; with `force`, clear what a run writes there."""
+    leftovers = {lock_of(out).name, lock_of(out / CHECKPOINT).name, *(f".{name}.tmp" for name in WRITTEN)}      # of this run, and of one that was killed
+    there = {file.name for file in out.iterdir()} - leftovers
     if not force and HISTORY in there:
         raise ValueError(f"{out} holds a finished run; take another --out, or --force to replace it")
     if not force and there and CHECKPOINT not in there:
         raise ValueError(f"{out} is not empty and holds no run to go on with; take another --out, or --force to write there")
-    made = room(out)
-    if force:
-        for name in {*WRITTEN, *unfinished}:
+    for name in (*WRITTEN, *leftovers) if force else ():
+        if name != lock_of(out).name:
             (out / name).unlink(missing_ok=True)
-    return made
 
 
 def scores(model: ml.TinyGPT, task: data.Task, windows: torch.Tensor) -> dict[str, float]:
@@ -122,7 +128,8 @@ def sample(model: ml.TinyGPT, task: data.Task) -> str:
 
 
 def report(model: ml.TinyGPT, method: str, before: dict, after: dict) -> None:
-    everything = sum(parameter.numel() for parameter in model.parameters())
+    in_four_bits = sum(layer.in_features * layer.out_features for layer in model.modules() if isinstance(layer, ml.NF4Linear))
+    everything = in_four_bits + sum(parameter.numel() for parameter in model.parameters())
     print(f"{method}: {ml.trainable_parameters(model):,} of {everything:,} parameters trained")
     print(f"held out:  {before['bits_per_byte']:.3f} -> {after['bits_per_byte']:.3f} bits per byte")
     if "exact_match" in after:

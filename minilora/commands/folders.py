@@ -1,23 +1,28 @@
-"""Where results go: folders that are made, claimed and left as they were found."""
+"""Where results go: folders that are made, claimed by one run at a time, and left as they were found."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from minilora.runs import alone
 
-def refuse_file(out: Path) -> None:
+
+@contextmanager
+def room(out: Path) -> Iterator[None]:
+    """A folder that takes files, and no other run's while the block lasts. Where nothing is written, no new folder stays."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out takes a folder")
-
-
-def room(out: Path) -> list[Path]:
-    """Make sure that the folder is there and takes files. Returns the folders that had to be made."""
-    refuse_file(out)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        for folder in filter(Path.exists, made):
-            folder.rmdir()
-        raise ValueError(f"{out}: cannot write there ({error.strerror})") from None
-    return made
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()
+        except OSError as error:
+            raise ValueError(f"{out}: cannot write there ({error.strerror})") from None
+        with alone(out):
+            yield
+    finally:
+        for folder in made:
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
