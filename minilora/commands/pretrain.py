@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     windows = tiny.held_out(model.config.context + 1)
     checkpoint = args.out.with_suffix(".checkpoint")
     ml.finetune(model, ml.FullFineTuning(), data.pretraining(), args.steps, lr=3e-3, checkpoint=checkpoint, weight_decay=0.01,
-                warmup=200, schedule="cosine", evaluate=lambda model: ml.held_out_loss(model, windows), evaluate_every=250)
+                warmup=min(200, args.steps // 10), schedule="cosine", evaluate=lambda model: ml.held_out_loss(model, windows), evaluate_every=250)
     storage.save_model(model, args.out)
     checkpoint.unlink()
     print(f"tiny world, held out: {ml.held_out_loss(model, windows):.4f} nats per byte, floor {tiny.floor(windows):.4f}")
