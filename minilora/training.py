@@ -228,8 +228,10 @@ class Loss:
             return f"all targets of its batch are {IGNORED}, and those do not count, so there is nothing to learn from"
         if not all(value.isfinite().all() for value in values):
             return "its batch holds values that are not finite numbers"
-        with torch.no_grad(), disabled(model):
-            if any(True for _ in adapters(model)) and not self.loss_fn(model, *batch).isfinite():
+        if any(True for _ in adapters(model)):
+            with torch.no_grad(), disabled(model):
+                alone = self.loss_fn(model, *batch)
+            if not alone.isfinite():
                 return "and so it is without the adapters; look at the model and at this batch"
         return self.advice(step)
 
@@ -260,7 +262,7 @@ def _labels(model: nn.Module, batch: Mapping) -> Tensor | None:
 
 def _is_causal(model: nn.Module) -> bool:
     """Whether a transformers model continues its own input."""
-    return hasattr(model, "can_generate") and model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
+    return hasattr(model, "can_generate") and model.can_generate() and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 @torch.no_grad()
@@ -337,7 +339,7 @@ def _adapted(model: nn.Module, method: Method, targets: list[str] | None) -> Ite
 def _check(steps, lr, weight_decay, warmup, schedule, evaluate_every, accumulate, clip) -> None:
     for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0), ("evaluate_every", evaluate_every, 1), ("accumulate", accumulate, 1)):
         checks.whole(name, value, least)
-    checks.number("the learning rate", lr, "above 0", lambda lr: lr > 0)
+    checks.number("the learning rate", lr, "above 0 and at most 1e30", lambda lr: 0 < lr <= 1e30)        # float32 ends at 3e38
     checks.number("weight_decay", weight_decay, "of at least 0", lambda decay: decay >= 0)
     if clip is not None:
         checks.number("clip", clip, "above 0", lambda clip: clip > 0)

@@ -61,6 +61,19 @@ def test_stopped_again_and_again_it_ends_bit_identical(name, tmp_path, capsys):
         assert one.method == other.method and repr(one.method) == repr(other.method)
 
 
+@pytest.mark.parametrize("name", ["LoRA-FA", "Delta-LoRA", "AdaLoRA"])
+def test_accumulated_and_clipped_it_ends_bit_identical_too(name, tmp_path, capsys):
+    """Stopped in the second of the three batches that a step reads."""
+    method, straight, again = METHODS[name], small(), small()
+    expected = run(straight, method, accumulate=3, clip=0.02)
+    assert expected != run(small(), method, accumulate=3) and expected != run(small(), method, clip=0.02)
+    for at in (10, 22):
+        with pytest.raises(KeyboardInterrupt):
+            run(small(), method, stopping(at), accumulate=3, clip=0.02, checkpoint=tmp_path / "c.pt")
+    assert run(again, method, accumulate=3, clip=0.02, checkpoint=tmp_path / "c.pt") == expected and equal(again, straight)
+    assert "resumed at step 7\n" in capsys.readouterr().out
+
+
 @EVERY
 def test_a_model_that_was_adapted_by_hand_gets_its_frozen_parts_from_the_checkpoint_too(name, tmp_path):
     """Another process starts from other random numbers: LoRA-FA's A, which is not trained, must be the old one all the same."""

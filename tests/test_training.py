@@ -1,11 +1,14 @@
 """The loop: what it trains, what it returns, and that a stopped run goes on bit for bit, wherever it was stopped."""
 
+import copy
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,7 +242,7 @@ def test_two_real_kills_and_it_ends_bit_identical(tmp_path, capsys):
 
 @pytest.mark.parametrize("change, says", [
     ({"steps": 21}, "steps was 20 and now is 21"), ({"lr": 2e-2}, "lr was 0.01"), ({"seed": 5}, "seed was 0"), ({"schedule": "linear"}, "schedule"),
-    ({"method": ml.LoRA(rank=4)}, "method was .*rank=3"), ({"targets": ["q_proj"]}, "adapted layers"), ({"batches": TASK.batches(4, 31, seed=4)}, "first batch was another"),
+    ({"accumulate": 2}, "accumulate was 1"), ({"clip": 1.0}, "clip was None"), ({"method": ml.LoRA(rank=4)}, "method was .*rank=3"), ({"targets": ["q_proj"]}, "adapted layers"), ({"batches": TASK.batches(4, 31, seed=4)}, "first batch was another"),
 ])
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, says):
     run(small(), checkpoint=tmp_path / "c.pt")
@@ -306,9 +309,10 @@ def test_it_leaves_mode_and_gradients_as_it_found_them(tiny):
 
 
 @pytest.mark.parametrize("wrong, says", [
-    ({"steps": 0}, "steps"), ({"steps": 2.5}, "steps"), ({"lr": 0}, "learning rate"), ({"lr": -1.0}, "learning rate"), ({"lr": float("nan")}, "learning rate"),
+    ({"steps": 0}, "steps"), ({"steps": 2.5}, "steps"), ({"lr": 0}, "learning rate"), ({"lr": -1.0}, "learning rate"), ({"lr": float("nan")}, "learning rate"), ({"lr": 1e300}, "at most 1e30"),
     ({"lr": float("inf")}, "learning rate"), ({"weight_decay": -0.1}, "weight_decay"), ({"warmup": -1}, "warmup"), ({"schedule": "square"}, "schedule"),
-    ({"evaluate_every": 0}, "evaluate_every"),
+    ({"evaluate_every": 0}, "evaluate_every"), ({"accumulate": 0}, "accumulate"), ({"accumulate": 1.5}, "accumulate"), ({"clip": 0}, "clip"),
+    ({"clip": -1.0}, "clip"), ({"clip": float("nan")}, "clip"),
 ])
 def test_bad_arguments_are_refused_before_anything_changes(tiny, wrong, says):
     with pytest.raises(ValueError, match=says):
@@ -351,3 +355,257 @@ def test_exact_match_is_what_greedy_generation_says(tiny):
     questions = [(q, a) for q, a in questions if "\N{REPLACEMENT CHARACTER}" not in a]
     expected = sum(tiny.generate(q, len(a.encode())) == q + a for q, a in questions) / len(questions)
     assert ml.exact_match(tiny, questions, rows=2) == expected
+
+
+def ragged(step):
+    """Two rows with from 0 to 30 targets that count; none in every seventh."""
+    x, y = TASK.batches(2, 15)(step)
+    y = y.clone()
+    y[:, :5 * step % 15] = -100
+    return x, y.fill_(-100) if step % 7 == 3 else y
+
+
+def together(batches, k):
+    """The k batches of an accumulated step as one."""
+    return lambda step: tuple(torch.cat(parts) for parts in zip(*(batches(k * step + i) for i in range(k))))
+
+
+EVERY = [ml.LoRA(2), ml.LoRAPlus(2), ml.LoRAFA(2, projection=True), ml.VeRA(4), ml.DoRA(2), ml.AdaLoRA(3, 2, orthogonal_weight=0.5), ml.DeltaLoRA(2), ml.PiSSA(2),
+         ml.FullFineTuning()]
+
+
+@pytest.mark.parametrize("clip", [None, 0.05], ids=["", "clipped"])
+@pytest.mark.parametrize("method", EVERY, ids=[type(method).__name__ for method in EVERY])
+def test_accumulated_batches_move_as_one_batch_of_them_all(method, clip):
+    one, other = small(), small()
+    options = {"steps": 4, "lr": 1e-3, "clip": clip, "warmup": 0, "schedule": "constant"}
+    accumulated = run(one, method, ragged, accumulate=4, **options)
+    whole = run(other, method, together(ragged, 4), **options)
+    assert accumulated["loss"] == pytest.approx(whole["loss"], abs=1e-6 * 5.5) and accumulated["lr"] == whole["lr"]        # the loss is 5.5
+    for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.allclose(a.float(), b.float(), rtol=0, atol=1e-6)
+
+
+def test_the_mean_of_the_means_would_be_wrong(tiny):
+    """The test above has teeth: with equal weights the gradient is another."""
+    found = []
+    for weighed in (True, False):
+        model = small()
+        loss_fn = ml.next_byte_loss if weighed else lambda model, x, y: sum(ml.next_byte_loss(model, *batch) for batch in map(ragged, (0, 1, 2))) / 3
+        found.append(run(model, ml.LoRA(2), ragged, 1, warmup=0, schedule="constant", accumulate=3 if weighed else 1, loss_fn=loss_fn)["loss"][0])
+    assert abs(found[0] - found[1]) > 1e-4
+
+
+def test_each_hook_is_called_once_a_step_and_clip_comes_after_before_step(tiny):
+    seen = []
+
+    class Watched(ml.LoRA):
+        def penalty(self, model):
+            seen.append("penalty")
+            return 0.0
+
+        def before_step(self, model, step):
+            for _, layer in ml.adapters(model):
+                layer.B.grad.mul_(1000.0)
+            seen.append(("before", step))
+
+        def after_step(self, model, step):
+            length = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+            seen.append(("after", step, round(length, 4)))
+
+    run(tiny, Watched(rank=2), steps=2, accumulate=3, clip=0.5, warmup=0)
+    assert seen == ["penalty", ("before", 0), ("after", 0, 0.5), "penalty", ("before", 1), ("after", 1, 0.5)]
+
+
+def test_clip_is_torchs_on_all_that_is_trained_after_lora_fas_projection():
+    method, model, twin = ml.LoRAFA(2, projection=True), small(), small()
+    torch.manual_seed(0)
+    ml.adapt(model, method), twin.load_state_dict(small().state_dict())
+    torch.manual_seed(0)
+    ml.adapt(twin, method)
+    run(model, method, steps=3, clip=0.01, warmup=0, schedule="constant")
+    trained = [p for p in twin.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.01)
+    for step in range(3):
+        optimizer.zero_grad()
+        ml.next_byte_loss(twin, *BATCHES(step)).backward()
+        method.before_step(twin, step)
+        torch.nn.utils.clip_grad_norm_(trained, 0.01)
+        optimizer.step()
+    assert equal(model, twin)
+
+
+def test_a_backward_made_inside_loss_fn_counts(tiny):
+    """Micro-batches by hand: all but the last have had their backward when the loss comes back."""
+    def by_hand(model, x, y):
+        parts = [ml.next_byte_loss(model, a, b) / 2 for a, b in zip(x.chunk(2), y.chunk(2))]
+        parts[0].backward()
+        return parts[1]
+
+    one, other = small(), small()
+    run(one, ml.LoRA(2), steps=3, warmup=0, loss_fn=by_hand), run(other, ml.LoRA(2), steps=3, warmup=0)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one.state_dict().values(), other.state_dict().values()))
+
+
+class Continues(torch.nn.Module):
+    """A causal language model in transformers' manner: it takes a dict's entries by name, and its loss is at labels moved by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.gpt = small()
+
+    def can_generate(self):
+        return True
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.gpt(input_ids)
+        loss = None if labels is None else F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+def as_dict(step):
+    ids = TASK.batches(3, 16)(step)[0]
+    mask = torch.ones_like(ids)
+    for row, short in enumerate((0, step % 5, 7)):
+        mask[row, 16 - short:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+@pytest.mark.parametrize("method", [ml.LoRA(2), ml.AdaLoRA(3, 2), ml.LoRADrop(2, warmup_steps=2, threshold=0.5)], ids=["lora", "adalora", "lora-drop"])
+def test_a_batch_may_be_a_dict_as_transformers_has_it(method, tmp_path):
+    one, other, again = Continues(), Continues(), Continues()
+    expected = run(one, method, as_dict)
+    by_hand = run(other, method, as_dict, loss_fn=lambda model, batch: model(**batch).loss)
+    unlabelled = run(again, method, lambda step: {name: part for name, part in as_dict(step).items() if name != "labels"})
+    assert by_hand == expected == unlabelled and equal(one, other) and equal(one, again)
+    resumed = Continues()
+    with pytest.raises(Stop):
+        run(Continues(), method, lambda step: as_dict(step) if step != 9 else stopping(9, Stop())(9), checkpoint=tmp_path / "c.pt")
+    assert run(resumed, method, as_dict, checkpoint=tmp_path / "c.pt") == expected and equal(resumed, one)
+
+
+def test_accumulated_dicts_weigh_by_the_labels_that_count():
+    one, other = Continues(), Continues()
+    options = {"steps": 3, "lr": 1e-3, "warmup": 0}
+    a = run(one, ml.LoRA(2), as_dict, accumulate=4, **options)
+    b = run(other, ml.LoRA(2), lambda step: {name: torch.cat([as_dict(4 * step + i)[name] for i in range(4)]) for name in as_dict(0)}, **options)
+    assert a["loss"] == pytest.approx(b["loss"], abs=5.5e-6)
+    assert all(torch.allclose(x, y, rtol=0, atol=1e-6) for x, y in zip(one.state_dict().values(), other.state_dict().values()))
+
+
+class NoLoss(Continues):
+    def can_generate(self):
+        return False
+
+
+@pytest.mark.parametrize("model, batches, says", [
+    (NoLoss, lambda step: {"input_ids": as_dict(0)["input_ids"]}, "NoLoss gives no loss for a batch of input_ids: it needs labels"),
+    (Continues, lambda step: as_dict(0)["input_ids"], "must give .x, y. or a dict of tensors, and it gave a Tensor"),
+    (Continues, lambda step: ([1], [2]), "a dict of tensors, and it gave a tuple"),
+])
+def test_a_batch_that_is_neither_is_refused(model, batches, says):
+    with pytest.raises(ValueError, match=says):
+        run(model(), ml.LoRA(2), batches, 4)
+
+
+def spoiled(at, how):
+    def batches(step):
+        x, y = BATCHES(step)
+        return how(x, y.clone()) if step == at else (x, y)
+    return batches
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("options, says, and_not", [
+    ({"batches": spoiled(3, lambda x, y: (x, y.fill_(-100)))}, "at step 3: all targets of its batch are -100.*nothing to learn", "learning rate"),
+    ({"batches": spoiled(0, lambda x, y: (x, y.fill_(-100)))}, "at step 0: all targets of its batch are -100", "learning rate"),
+    ({"batches": lambda step: tuple(part[:0] for part in BATCHES(step))}, "at step 0: its batch is empty", "learning rate"),
+    ({"batches": lambda step: (BATCHES(0)[0], BATCHES(0)[1].fill_(-100)), "accumulate": 3}, "at step 0: all targets", "learning rate"),
+    ({"batches": lambda step: (BATCHES(0)[0], BATCHES(0)[1].fill_(-100)), "method": ml.LoRADrop(2, warmup_steps=3)}, "in the warm-up: all targets", "learning rate"),
+    ({"batches": lambda step: (BATCHES(0)[0].float() * NAN, BATCHES(0)[1]), "loss_fn": lambda model, x, y: x.mean() + ml.next_byte_loss(model, y, y)},
+     "holds values that are not finite", "learning rate"),
+    ({"loss_fn": lambda model, x, y: ml.next_byte_loss(model, x, y) * NAN}, "at step 0: and so it is without the adapters", "learning rate"),
+    ({"loss_fn": lambda model, x, y: ml.next_byte_loss(model, x, y) * NAN, "method": ml.FullFineTuning()}, "and nothing was trained before", "learning rate"),
+    ({"lr": 1e30}, "at step 1: a lower learning rate than 1e.30 may help", "batch"),
+    ({"lr": 1e30, "method": ml.FullFineTuning()}, "at step 1: a lower learning rate than 1e.30 may help", "batch"),
+    ({"lr": 1e30, "steps": 1, "optimizer": torch.optim.SGD, "loss_fn": lambda model, x, y: 1e20 * ml.next_byte_loss(model, x, y)},
+     "the parameter .* is not finite at step 1: a lower learning rate than 1e.30 may help", "batch"),
+])
+def test_what_is_not_finite_is_said_with_its_reason(options, says, and_not):
+    with pytest.raises(FloatingPointError, match=says) as error:
+        run(small(), **{"method": ml.LoRA(2), "warmup": 0, "schedule": "constant", "steps": 5} | options)
+    assert and_not not in str(error.value)
+
+
+class Unsound(torch.autograd.Function):
+    """x on the way forward, NaN on the way back: a loss that is finite, and a gradient that is not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * NAN
+
+
+@pytest.mark.parametrize("method", [ml.LoRA(2), ml.LoRAFA(2, projection=True), ml.FullFineTuning()], ids=["lora", "lora-fa", "full"])
+@pytest.mark.parametrize("at, says", [(5, "a lower learning rate"), (0, "and nothing was trained before")])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(method, at, says, tmp_path):
+    def loss_fn(model, x, y):
+        loss = ml.next_byte_loss(model, x, y)
+        return Unsound.apply(loss) if torch.equal(x, BATCHES(at)[0]) else loss
+
+    model = small()
+    with pytest.raises(FloatingPointError, match=f"the gradient of .* is not finite at step {at}: {says}"):
+        run(model, method, steps=6, loss_fn=loss_fn, checkpoint=tmp_path / "c.pt")
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    if at:
+        healed = small()
+        history = run(healed, method, steps=6, checkpoint=tmp_path / "c.pt")           # the checkpoint is whole too
+        assert len(history["loss"]) == 6 and all(tensor.isfinite().all() for tensor in healed.state_dict().values())
+
+
+def test_a_parameter_that_overflows_at_the_last_step_is_in_no_checkpoint(tmp_path):
+    with pytest.raises(FloatingPointError, match="the parameter .* is not finite at step 1"):
+        run(small(), ml.LoRA(2), steps=1, lr=1e30, warmup=0, checkpoint=tmp_path / "c.pt", optimizer=torch.optim.SGD,
+            loss_fn=lambda model, x, y: 1e20 * ml.next_byte_loss(model, x, y))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given, what", [(lambda model, x, y: 3.0, "a float"), (lambda model, x, y: model(x), "a tensor of shape"), (lambda model, x, y: None, "a NoneType")])
+def test_a_loss_that_is_no_number_is_refused(tiny, given, what):
+    with pytest.raises(ValueError, match=f"loss_fn must give one number as a tensor, the mean over the batch, and it gave {what}"):
+        run(tiny, loss_fn=given)
+
+
+def test_a_loss_that_depends_on_nothing_is_refused(tiny):
+    with pytest.raises(ValueError, match="does not depend on any parameter that is trained"):
+        run(tiny, loss_fn=lambda model, x, y: ml.next_byte_loss(model, x, y).detach())
+
+
+@pytest.mark.parametrize("warmup, steps, share", [(500, 20, "4%"), (20, 20, "95%"), (3, 2, "50%")])
+def test_a_warm_up_longer_than_the_run_is_said(tiny, warmup, steps, share):
+    with pytest.warns(UserWarning, match=f"a warm-up of {warmup} steps does not end in {steps} steps of training: the learning rate comes to {share} of 0.01"):
+        run(tiny, ml.LoRA(2), lambda step: tuple(part[:1, :4] for part in BATCHES(step)), steps, warmup=warmup)
+
+
+def test_layers_adapted_apart_are_not_trained_as_one(tiny):
+    ml.adapt(tiny.blocks[0], ml.LoRA(2, alpha=4)), ml.adapt(tiny.blocks[1], ml.LoRA(2, alpha=32))
+    with pytest.raises(ValueError, match="adapted with LoRA.*alpha=32.* at blocks.1.*, and was asked to train LoRA.*alpha=4"):
+        run(tiny, ml.LoRA(2, alpha=4))
+
+
+def test_the_search_for_a_learning_rate_in_the_docstring_runs(capsys):
+    """As it is written there, on a small model and for few steps."""
+    search = textwrap.dedent(re.search(r"\n( +for lr in .*?)\n\n", ml.finetune.__doc__, re.S)[1])
+    assert len(search.splitlines()) == 3
+    task, model = ml.data.facts(8), small()
+    named = {"ml": ml, "copy": copy, "model": model, "method": ml.LoRA(2), "windows": task.held_out(17)[:8],
+             "task": SimpleNamespace(batches=lambda: task.batches(4, 16))}
+    exec(search.replace(", 50, lr)", ", 15, lr, progress=False)"), named)
+    tried = [tuple(map(float, line.split())) for line in capsys.readouterr().out.splitlines()]
+    assert [lr for lr, _ in tried] == [1e-3, 3e-3, 1e-2, 3e-2] and len({loss for _, loss in tried}) == 4
+    assert not list(ml.adapters(model)) and equal(model, small())
