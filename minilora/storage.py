@@ -32,6 +32,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFTS_COPIES = (".original_module.bias", ".modules_to_save.bias")     # bias = "all" makes PEFT write a saved module's bias three times
 START_OVER = "remove it to start over (--force does, on the command line)"
 
+
 def save_adapter(model: nn.Module, folder: str | Path, projection: bool = True) -> Path:
     """Write the model's adapter to `folder`, so that load_adapter here and PeftModel.from_pretrained in PEFT read it.
 

@@ -1,11 +1,13 @@
 """python -m minilora as a user meets it: whole runs, a real Ctrl-C and a real kill, and one clear line for each bad input."""
 
+import codecs
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext
 
@@ -14,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 import minilora as ml
-from minilora import plots
+from minilora import plots, runs, storage
 from minilora.evidence import capacity, claims, compare
 from minilora.__main__ import main
 from minilora.methods import METHODS
@@ -188,6 +190,146 @@ def test_a_kill_while_the_first_checkpoint_was_written_blocks_nothing(finetune, 
     (tmp_path / "out" / ".checkpoint.pt.tmp").write_bytes(b"half of it")
     code, _, _, folder = finetune()
     assert code == 0 and files(folder) == FINISHED
+
+
+def stopped(finetune, monkeypatch, how, *flags, **where):
+    """A run in which `how` happens in its third step; before it a checkpoint is written after each."""
+    clear, cleared = torch.optim.AdamW.zero_grad, []
+
+    def stop(self):
+        cleared.append(1)
+        if len(cleared) == 3:
+            how()
+        clear(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "zero_grad", stop)
+        patch.setattr(runs, "CHECKPOINT_SHARE", 1.0)
+        return finetune(*flags, **where)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
+def test_kill_is_answered_like_ctrl_c(finetune, monkeypatch):
+    code, _, err, folder = stopped(finetune, monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert code == 143 and "a checkpoint is in" in err and files(folder) == ["checkpoint.pt"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    code, out, _, folder = finetune()
+    assert code == 0 and "resumed at step 2" in out and files(folder) == FINISHED
+
+
+def test_a_full_disk_is_one_line_under_the_progress_bar(finetune, monkeypatch):
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        code, _, err, folder = stopped(finetune, monkeypatch, lambda: patch.setattr(storage.os, "fsync", full))
+    assert code == 2 and files(folder) == ["checkpoint.pt"]
+    assert err.endswith(f"\nminilora: [Errno 28] No space left on device: '{folder / 'checkpoint.pt'}'\n") and "Traceback" not in err
+    code, out, _, folder = finetune()
+    assert code == 0 and "resumed at step 2" in out and files(folder) == FINISHED
+
+
+def test_two_runs_in_one_folder(finetune, monkeypatch):
+    said = []
+    code, _, _, folder = stopped(finetune, monkeypatch, lambda: said.extend([finetune(), finetune("--force")]))
+    for refused, _, err, _ in said:
+        assert refused == 2 and err.endswith(f"minilora: {folder}: another run is writing there; wait for its end, or choose another place\n")
+    assert len(said) == 2 and code == 0 and files(folder) == FINISHED
+
+
+@pytest.mark.parametrize("command", [["compare", "--quick"], ["capacity"]])
+def test_other_commands_too_are_alone_in_their_folder(command, tmp_path, capsys):
+    with runs.alone(tmp_path):
+        assert main([*command, "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path}: another run is writing there" in capsys.readouterr().err and files(tmp_path) == []
+
+
+@pytest.mark.parametrize("changed", ["held out", "in the middle", "longer"])
+def test_a_text_that_changed_since_the_run_was_stopped_is_said(finetune, monkeypatch, text, changed, tmp_path):
+    assert stopped(finetune, monkeypatch, interrupt)[0] == 130
+    before = (tmp_path / "out" / "checkpoint.pt").read_bytes()
+    with open(text, encoding="utf-8") as file:
+        words = file.read()
+    cut = len(words) * 9 // 10
+    with open(text, "w", encoding="utf-8") as file:
+        file.write({"held out": words[:cut] + "#" * (len(words) - cut), "in the middle": words[:2500] + "#" + words[2501:], "longer": words + "#"}[changed])
+    code, _, err, folder = finetune()
+    assert code == 2 and "the text has changed since" in err and "--force" in err and (folder / "checkpoint.pt").read_bytes() == before
+    assert finetune("--force")[0] == 0 and files(folder) == FINISHED
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a pipe with a name, and names that are no text")
+def test_a_pipe_and_any_name_give_what_the_file_gives(finetune, monkeypatch, text, tmp_path):
+    straight = finetune(out=tmp_path / "straight")[3]
+    content = open(text, "rb").read()
+    os.mkfifo(tmp_path / "pipe")
+
+    def through_the_pipe(*flags, **options):
+        writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+        writer.start()
+        found = finetune(*flags, source=("--text", str(tmp_path / "pipe")), **options)
+        writer.join()
+        return found
+
+    assert stopped(through_the_pipe, monkeypatch, interrupt)[0] == 130
+    code, out, _, folder = through_the_pipe()
+    assert code == 0 and "resumed at step 2" in out and "47% of them seen in training" in out
+    odd = os.fsdecode(os.fsencode(str(tmp_path)) + b"/f\xfc\xff\xe4.txt")
+    with open(odd, "wb") as file:
+        file.write(codecs.BOM_UTF8 + content)                                        # and with a byte order mark
+    code, out, _, other = finetune(source=("--text", odd), out=tmp_path / "other")
+    assert code == 0 and "f\N{REPLACEMENT CHARACTER}" in out
+    for name in FINISHED[:2]:
+        assert (folder / name).read_bytes() == (other / name).read_bytes() == (straight / name).read_bytes()
+
+
+@pytest.mark.parametrize("flags", [["--steps", "1", "--lr", "1e30"], ["--steps", "4", "--lr", "1e30"]])
+def test_a_rate_that_is_far_too_high_is_one_line_whose_advice_can_be_followed(finetune, flags):
+    code, _, err, folder = finetune(*flags)
+    line = err.splitlines()[-1]
+    assert code == 2 and "is nan" in line and "a lower learning rate than 1e+30 may help" in line and "--force" in line and "Traceback" not in err
+    assert files(folder) == ["checkpoint.pt"]
+    code, _, err, _ = finetune(*flags[:2], "--lr", "1e-3")
+    assert code == 2 and "whose lr was 1e+30" in err and "--force" in err
+    assert finetune(*flags[:2], "--lr", "1e-3", "--force")[0] == 0 and files(folder) == FINISHED
+
+
+def test_weights_in_four_bits_are_counted_as_the_parameters_they_stand_for(finetune, tmp_path):
+    said = {method: re.search(r"([\d,]+) of ([\d,]+) parameters", finetune("--method", method, "--steps", "1", out=tmp_path / method)[1]).groups()
+            for method in ("lora", "qlora", "full")}
+    assert said["lora"] == said["qlora"] and said["full"][0] == said["full"][1]
+    trained, everything = (int(number.replace(",", "")) for number in said["lora"])
+    assert everything - trained == int(said["full"][1].replace(",", ""))
+
+
+def test_accumulate_and_clip_are_used_and_belong_to_the_run(finetune, monkeypatch, tmp_path):
+    flags = ("--accumulate", "2", "--clip", "0.05", "--steps", "5")
+    straight, plain = finetune(*flags, out=tmp_path / "straight")[3], finetune("--steps", "5", out=tmp_path / "plain")[3]
+    assert stopped(finetune, monkeypatch, interrupt, *flags)[0] == 130
+    for other, says in ((("--accumulate", "3", *flags[2:]), "accumulate was 2 and now is 3"), ((*flags[:2], *flags[4:]), "clip was 0.05 and now is None")):
+        code, _, err, _ = finetune(*other)
+        assert code == 2 and says in err
+    code, out, _, folder = finetune(*flags)
+    assert code == 0 and "resumed at step 2" in out
+    assert all((folder / name).read_bytes() == (straight / name).read_bytes() for name in FINISHED[:3])
+    assert (folder / FINISHED[1]).read_bytes() != (plain / FINISHED[1]).read_bytes()
+    assert json.loads((folder / "history.json").read_text())["clip"] == 0.05
+
+
+def test_a_text_cut_inside_its_last_character_is_said_in_one_line(finetune, tmp_path):
+    (tmp_path / "cut.txt").write_bytes(("子曰：学而时习之。\n" * 100 + "子").encode()[:-1])
+    code, _, err, _ = finetune("--steps", "1", source=("--text", str(tmp_path / "cut.txt")))
+    assert code == 0 and err.startswith(f"minilora: {tmp_path / 'cut.txt'}: the file ends inside a character; its beginning (e5 ad) is left out\n")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"minilora {ml.__version__}\n" and re.fullmatch(r"\d+\.\d+\.\d+", ml.__version__)
 
 
 def start(base, text, out):

@@ -3,8 +3,12 @@
 import math
 import random
 import re
+import shutil
 import statistics
+import subprocess
+import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -218,3 +222,98 @@ def test_missing_files_and_folders_are_refused_by_name(tmp_path):
 def test_prose_is_the_same_every_time_and_has_no_binary_in_it():
     text = data.prose()
     assert text == data.prose() and len(text) > 500_000 and b"\0" not in text
+
+
+WRITTEN = {
+    "chinese": "三人行，必有我师焉。择其善者而从之，其不善者而改之。\n", "comments": "# 计算损失\nloss = x  # 返回模型的输出\n", "taiwan": "今天天氣很好，我們一起去公園。\n",
+    "japanese": "これは日本語のテキストです。今日はとても良い天気ですね。\n", "korean": "오늘은 날씨가 아주 좋습니다. 우리는 공원에 갔다.\n",
+    "russian": "Все счастливые семьи похожи друг на друга.\n", "french": "Il était une fois, à l'école, où les élèves déjà âgés rêvaient.\n",
+    "german": "Die Straße führt über größere Brücken.\n", "spanish": "El niño comió mañana, ¿cómo está? Sí, señor.\n", "polish": "Jeśli mała żółta łódź płynie, będzie późno.\n",
+    "quotes": "\N{LEFT DOUBLE QUOTATION MARK}It\N{RIGHT SINGLE QUOTATION MARK}s a test\N{RIGHT DOUBLE QUOTATION MARK} \N{EM DASH} he said.\n",
+}
+
+
+@pytest.mark.parametrize("who, encoding", [
+    ("chinese", "GBK"), ("comments", "GBK"), ("chinese", "UTF-16"), ("chinese", "UTF-16LE"), ("french", "UTF-16"), ("french", "UTF-16BE"), ("quotes", "UTF-32"),
+    ("taiwan", "BIG5"), ("japanese", "SHIFT_JIS"), ("japanese", "EUC-JP"), ("korean", "EUC-KR"), ("russian", "WINDOWS-1251"), ("russian", "KOI8-R"),
+    ("french", "ISO-8859-1"), ("german", "ISO-8859-1"), ("spanish", "ISO-8859-1"), ("polish", "ISO-8859-2"), ("polish", "WINDOWS-1250"), ("quotes", "WINDOWS-1252"),
+])
+def test_a_text_in_another_encoding_is_told_which_and_the_line_that_converts_it(tmp_path, who, encoding):
+    content = ("Some English first.\n" + WRITTEN[who] * 60).encode(encoding)
+    (tmp_path / "my text.txt").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        data.text(tmp_path / "my text.txt")
+    said = str(error.value)
+    assert f"it seems, {encoding};" in said and "\n" not in said
+    line = said.partition("to convert it: ")[2]
+    assert line == f"iconv -f {encoding} -t UTF-8 '{tmp_path}/my text.txt' > 'my text-utf8.txt'"
+    if shutil.which("iconv"):
+        subprocess.run(line, shell=True, check=True, cwd=tmp_path)
+        assert (tmp_path / "my text-utf8.txt").read_text(encoding="utf-8") == content.decode(encoding)
+
+
+@pytest.mark.parametrize("content, says", [
+    (("naïve façade, déjà vu. " * 200).encode() + b"\xff\xfe" + ("naïve façade. " * 50).encode(), "UTF-8 text, but damaged .byte 5400 is 0xff.*iconv -c"),
+    (random.Random(0).randbytes(9000), "a binary file"), (bytes(b | 128 for b in random.Random(0).randbytes(9000)), "not UTF-8 text .byte 2 is 0xac.; convert it to UTF-8 first"),
+], ids=["damaged", "binary", "unknown"])
+def test_what_is_in_no_known_encoding_gets_no_wrong_advice(tmp_path, content, says):
+    (tmp_path / "file.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        data.text(tmp_path / "file.txt")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "plain.txt").write_text("A line of text.\n" * 200, encoding="utf-8")
+    (tmp_path / "marked.txt").write_text("A line of text.\n" * 200, encoding="utf-8-sig")
+    plain, marked = data.text(tmp_path / "plain.txt"), data.text(tmp_path / "marked.txt")
+    assert plain.fingerprint == marked.fingerprint and torch.equal(plain.batches(2, 32)(0)[0], marked.batches(2, 32)(0)[0])
+    (tmp_path / "only.txt").write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(ValueError, match="empty"):
+        data.text(tmp_path / "only.txt")
+
+
+@pytest.mark.parametrize("character", ["é", "语", "\N{GRINNING FACE}"])
+def test_a_file_cut_inside_its_last_character_loses_that_alone(tmp_path, character):
+    whole = ("some text of its own\n" * 120).encode()
+    for kept in range(1, len(character.encode())):
+        (tmp_path / "cut.txt").write_bytes(whole + character.encode()[:kept])
+        with pytest.warns(UserWarning, match="cut.txt: the file ends inside a character"):
+            assert data.text(tmp_path / "cut.txt").fingerprint == data.split_text(whole, "whole").fingerprint
+
+
+def test_a_texts_name_seeds_nothing_and_the_shipped_bases_batches_are_still_what_they_were(monkeypatch):
+    content = b"".join(b"Line %d.\n" % i for i in range(500))
+    one, other = data.split_text(content, "a").batches(2, 32), data.split_text(content, "b").batches(2, 32)
+    assert torch.equal(one(5)[0], other(5)[0]) and one.fingerprint == other.fingerprint
+    monkeypatch.setattr(data, "prose", lambda: content)
+    rng = random.Random("prose/0/7")
+    assert [row.tolist() for row in data.pretraining(32)(7)[0][18:]] == [list(data.split_text(content, "c").window(rng, 33)[:-1]) for _ in range(6)]
+
+
+@pytest.mark.parametrize("length", [2000, 2001, 2003, 2007, 30_011])
+@pytest.mark.parametrize("kind", ["words", "letters", "twice", "two letters", "one letter"])
+def test_overlap_is_what_looking_for_each_snippet_says(length, kind):
+    rng = random.Random(length)
+    letters = bytes(rng.randrange(97, 123) for _ in range(length))
+    content = {"words": b" ".join(rng.choice([b"low", b"rank", b"of", b"the", b"matrix"]) for _ in range(length)), "letters": letters,
+               "twice": letters[:length // 2] * 2 + b"!" * 9, "two letters": bytes(97 + b % 2 for b in letters), "one letter": b"a" * length}[kind][:length]
+    cut = len(content) * 9 // 10
+    train, rest = content[:cut], content[cut:]
+    snippets = [rest[i:i + 32] for i in range(0, len(rest) - 31, max(32, len(rest) // 256))]
+    assert data.overlap(data.split_text(content, "t"), content) == sum(snippet in train for snippet in snippets) / len(snippets)
+
+
+def test_overlap_finds_what_stands_at_the_very_ends_of_the_training_part():
+    letters = bytes(random.Random(3).randrange(97, 123) for _ in range(9000))
+    for shift in range(8):
+        content = letters + letters[:32] + b"#" * 436 + letters[9000 - 32 - shift:9000 - shift] + b"#" * (500 - shift)
+        assert data.overlap(data.split_text(content, "t"), content[:10_000]) >= 1 / 31
+
+
+def test_overlap_of_a_long_text_takes_no_more_than_a_look():
+    """40 MB; looking for 256 snippets one by one read them 256 times. Text that is all alike is the worst there is."""
+    noise = np.random.default_rng(0).integers(97, 123, 40_000_000, dtype=np.uint8).tobytes()
+    for content, share in ((noise, 0.0), (b"0," * 20_000_000, 1.0), (b"0," * 18_000_000 + b"0,1," * 1_000_000, 0.0)):
+        began = time.process_time()
+        assert data.overlap(data.split_text(b"x" * 2000, "t"), content) == share
+        assert time.process_time() - began < 2
