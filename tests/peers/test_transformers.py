@@ -55,8 +55,10 @@ def test_dicts_train_and_accumulated_ones_move_as_one(kind, method):
 
 
 def test_without_labels_a_causal_model_learns_its_inputs_and_another_is_refused():
+    def unlabelled(step):
+        return {name: part for name, part in batches(llama)(step).items() if name != "labels"}
+
     one, other = made(llama), made(llama)
-    unlabelled = lambda step: {name: part for name, part in batches(llama)(step).items() if name != "labels"}          # noqa: E731
     expected = ml.finetune(one, ml.LoRA(2), batches(llama), 3, 1e-2, progress=False)
     assert ml.finetune(other, ml.LoRA(2), unlabelled, 3, 1e-2, progress=False) == expected
     with pytest.raises(ValueError, match="gives no loss for a batch of input_ids, attention_mask: it needs labels"):
@@ -64,6 +66,8 @@ def test_without_labels_a_causal_model_learns_its_inputs_and_another_is_refused(
 
 
 def test_a_dict_without_a_label_that_counts_is_said():
-    nothing = lambda step: batches(llama)(step) | {"labels": torch.full((2, 12), -100)}                                # noqa: E731
+    def nothing(step):
+        return batches(llama)(step) | {"labels": torch.full((2, 12), -100)}
+
     with pytest.raises(FloatingPointError, match="at step 0: all targets of its batch are -100"):
         ml.finetune(made(llama), ml.LoRA(2), nothing, 3, 1e-2, progress=False)
