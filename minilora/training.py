@@ -96,7 +96,7 @@ def finetune(
     Raises ValueError on bad arguments, a checkpoint of another run, or while another run writes it; FloatingPointError when the loss, a
     gradient or a parameter stops being finite: then the checkpoint holds the last step that was whole.
     """
-    _check(steps, lr, weight_decay, warmup, schedule, evaluate_every, accumulate, clip)
+    _check(next(model.parameters()).dtype, steps, lr, weight_decay, warmup, schedule, evaluate_every, accumulate, clip)
     method = method.scheduled(steps)
     device = next(model.parameters()).device
     data = getattr(batches, "fingerprint", "")
@@ -336,10 +336,11 @@ def _adapted(model: nn.Module, method: Method, targets: list[str] | None) -> Ite
         layer.method = method                  # it now knows the length of training
 
 
-def _check(steps, lr, weight_decay, warmup, schedule, evaluate_every, accumulate, clip) -> None:
+def _check(dtype, steps, lr, weight_decay, warmup, schedule, evaluate_every, accumulate, clip) -> None:
     for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0), ("evaluate_every", evaluate_every, 1), ("accumulate", accumulate, 1)):
         checks.whole(name, value, least)
-    checks.number("the learning rate", lr, "above 0 and at most 1e30", lambda lr: 0 < lr <= 1e30)        # float32 ends at 3e38
+    largest = 1e300 if dtype == torch.float64 else 1e30                # a little below where the type ends, for Adam's own factors
+    checks.number("the learning rate", lr, f"above 0 and at most {largest:g}", lambda lr: 0 < lr <= largest)
     checks.number("weight_decay", weight_decay, "of at least 0", lambda decay: decay >= 0)
     if clip is not None:
         checks.number("clip", clip, "above 0", lambda clip: clip > 0)

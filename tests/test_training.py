@@ -309,7 +309,7 @@ def test_it_leaves_mode_and_gradients_as_it_found_them(tiny):
 
 
 @pytest.mark.parametrize("wrong, says", [
-    ({"steps": 0}, "steps"), ({"steps": 2.5}, "steps"), ({"lr": 0}, "learning rate"), ({"lr": -1.0}, "learning rate"), ({"lr": float("nan")}, "learning rate"), ({"lr": 1e300}, "at most 1e30"),
+    ({"steps": 0}, "steps"), ({"steps": 2.5}, "steps"), ({"lr": 0}, "learning rate"), ({"lr": -1.0}, "learning rate"), ({"lr": float("nan")}, "learning rate"), ({"lr": 1e300}, "at most 1e.30"),
     ({"lr": float("inf")}, "learning rate"), ({"weight_decay": -0.1}, "weight_decay"), ({"warmup": -1}, "warmup"), ({"schedule": "square"}, "schedule"),
     ({"evaluate_every": 0}, "evaluate_every"), ({"accumulate": 0}, "accumulate"), ({"accumulate": 1.5}, "accumulate"), ({"clip": 0}, "clip"),
     ({"clip": -1.0}, "clip"), ({"clip": float("nan")}, "clip"),
