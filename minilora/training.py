@@ -191,7 +191,9 @@ class Loss:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise ValueError(f"loss_fn must give one number as a tensor, the mean over the batch, and it gave {what}")
         if not loss.isfinite():
-            raise FloatingPointError(f"the loss is {loss.item()} {'in the warm-up' if step is None else f'at step {step}'}: {self.reason(model, batch, step)}")
+            reason = self.reason(model, batch, step)
+            if step is not None or reason != self.advice(step):        # of its own warm-up, with a fair batch, the method says more itself
+                raise FloatingPointError(f"the loss is {loss.item()} {'in the warm-up' if step is None else f'at step {step}'}: {reason}")
         return loss
 
     def backward(self, model: nn.Module, method: Method, read: list, step: int) -> float:
