@@ -25,7 +25,7 @@ SECONDS = defaultdict(lambda: 20, mutants=5)           # that a test may take
 
 exercises = functools.cache(lessons.exercises)
 
-done_with = pytest.StashKey[set]()                     # answers whose other tests need not run: out of time, or a mutant that was caught
+done_with = pytest.StashKey[set]()                     # answers whose other tests need not run: out of time, or caught
 seen = pytest.StashKey[set]()                          # mistakes that have been told
 shortened = pytest.StashKey[set]()                     # exercises of which -k has left tests out
 
@@ -61,6 +61,7 @@ def load_answer(request, name: str):
     name = getattr(request, "param", name)               # of a wrong or an unusual right answer
     if not hasattr(module, name):
         pytest.fail(f"{kind}.py of {folder.name} defines no {name}", pytrace=False)
+    request.node.provokes = getattr(getattr(module, name), "provokes", None)
     return getattr(module, name)
 
 
@@ -198,7 +199,8 @@ def pytest_runtest_makereport(item, call):
             report.outcome_word = SAME_AGAIN
         item.config.stash[seen].add(again)
         item.user_properties.append(("message", report.told[0]))
-        if item.config.getoption("--answers") == "mutants":
+        expected = getattr(item, "provokes", None)       # a wrong answer that got its message, or a mutant that was caught
+        if item.config.getoption("--answers") == "mutants" or expected and expected in report.told[0]:
             item.config.stash[done_with].add(answer)
     return report
 

@@ -46,7 +46,7 @@ def three_terms__forms_the_large_matrix(x: Tensor, A: Tensor, B: Tensor, dA: Ten
     return scale * (x @ (dB @ A).T), scale * (x @ (B @ dA).T), scale * (x @ (dB @ dA).T)
 
 
-@provokes("the gradient that reaches dB is off")
+@provokes("the value is right, but the gradient that reaches")
 def three_terms__detached(x: Tensor, A: Tensor, B: Tensor, dA: Tensor, dB: Tensor, scale: float) -> Terms:
     return scale * (x @ A.T @ dB.T), scale * (x @ dA.T @ B.T), (scale * (x @ dA.T @ dB.T)).detach()
 
