@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 def literal_update(W: Tensor, A: Tensor, B: Tensor, A_next: Tensor, B_next: Tensor, scale: float, delta_ratio: float) -> Tensor:
-    """What the paper does to W after one optimizer step took (A, B) to (A_next, B_next): W + λ · s · (B_next A_next - B A), a new tensor.
+    """What the paper does to W after an optimizer step that took (A, B) to (A_next, B_next): W moves by λ · s times what the step changed in B A.
+
+    A new tensor; W is left as it was.
 
     W: (out, in)   A, A_next: (rank, in)   B, B_next: (out, rank)   ->   (out, in)
     """
@@ -34,13 +36,15 @@ def swallowed(weight: float, update: float, times: int, dtype: torch.dtype) -> i
 def lora_in_disguise(alpha: float, delta_ratio: float) -> tuple[float, float]:
     """Delta-LoRA that moves W from the first step on (K = 0, so B_K = 0) is plain LoRA. Of which alpha, and at which learning rate?
 
-    Returns (LoRA's alpha, the factor on SGD's learning rate). Under Adam no factor is needed. No weight decay, the rank is the same.
+    Returns (that LoRA's alpha, the number to multiply Delta-LoRA's SGD learning rate by, so that the plain LoRA takes the same steps).
+    Under Adam the rates are equal. No weight decay, the rank is the same.
     """
     raise NotImplementedError
 
 
 def delta_lora_forward(x: Tensor, W_0: Tensor, A_K: Tensor, B_K: Tensor, A: Tensor, B: Tensor, scale: float, delta_ratio: float) -> Tensor:
-    """x W_effᵀ, with the gradients that Delta-LoRA has: while it trains, W is a constant, so A and B hear only from s · B A, and x from all of W_eff.
+    """x W_effᵀ, with the gradients that Delta-LoRA has. While a step is made, W is a constant: no gradient reaches W_0, A_K or B_K, though they may
+    ask for one; A and B get theirs through s · B A alone; x gets its own through all of W_eff.
 
     No (out, in) matrix is made: W_0 is there already, everything else is thin.   x: (..., in)   ->   (..., out)
     """
@@ -48,9 +52,10 @@ def delta_lora_forward(x: Tensor, W_0: Tensor, A_K: Tensor, B_K: Tensor, A: Tens
 
 
 def rank_of_the_change(A_K: Tensor, B_K: Tensor, A: Tensor, B: Tensor) -> int:
-    """The rank of B A - B_K A_K, which is all that W's change can be (but for a factor). At most twice `rank`.
+    """The rank of B A - B_K A_K, at most twice `rank`. (W's change is this matrix times λ · s.) All in float64.
 
-    No (out, in) matrix is made. Singular values below 1e-10 of the largest count as zero; a change of zeros has rank 0.
+    No (out, in) matrix is made. A singular value counts if it is above 1e-10 · ‖[B, B_K]‖ · ‖[A; A_K]‖ (Frobenius): what is smaller may be the rounding
+    of two products that cancel. So where nothing has moved, the rank is 0.
     """
     raise NotImplementedError
 

@@ -33,5 +33,5 @@ def delta_lora_forward__fused(x: Tensor, W_0: Tensor, A_K: Tensor, B_K: Tensor, 
 def rank_of_the_change__gram(A_K: Tensor, B_K: Tensor, A: Tensor, B: Tensor) -> int:
     left, right = torch.cat([B, B_K], dim=1), torch.cat([A, -A_K], dim=0)
     U, S, Vt = torch.linalg.svd(left, full_matrices=False)
-    values = torch.linalg.svdvals((S[:, None] * Vt) @ right)
-    return sum(1 for value in values.tolist() if value > 1e-10 * values.max().item())
+    values, least = torch.linalg.svdvals((S[:, None] * Vt) @ right), 1e-10 * left.norm().item() * right.norm().item()
+    return sum(1 for value in values.tolist() if value > least)

@@ -44,7 +44,7 @@ def rank_of_the_change(A_K: Tensor, B_K: Tensor, A: Tensor, B: Tensor) -> int:
     R = torch.linalg.qr(torch.cat([B, B_K], dim=1)).R                        # (2 rank, 2 rank)
     S = torch.linalg.qr(torch.cat([A, -A_K]).T).R
     values = torch.linalg.svdvals(R @ S.T)
-    return int((values > 1e-10 * values[0]).sum())
+    return int((values > 1e-10 * R.norm() * S.norm()).sum())                 # ‖R‖ = ‖[B, B_K]‖, ‖S‖ = ‖[A; A_K]‖
 
 
 def as_plain_lora(A_K: Tensor, B_K: Tensor, A: Tensor, B: Tensor, alpha: float, delta_ratio: float) -> tuple[Tensor, Tensor, float]:

@@ -124,7 +124,7 @@ def rank_of_the_change__of_lora(A_K: Tensor, B_K: Tensor, A: Tensor, B: Tensor) 
     return A.shape[0]
 
 
-@provokes("nothing: the rank")
+@provokes("nothing moved: the rank")
 def rank_of_the_change__counted_only(A_K: Tensor, B_K: Tensor, A: Tensor, B: Tensor) -> int:
     return min(2 * A.shape[0], A.shape[1], B.shape[0])
 
@@ -132,6 +132,13 @@ def rank_of_the_change__counted_only(A_K: Tensor, B_K: Tensor, A: Tensor, B: Ten
 @provokes("an (out, in) matrix was made")
 def rank_of_the_change__dense(A_K: Tensor, B_K: Tensor, A: Tensor, B: Tensor) -> int:
     return int(torch.linalg.matrix_rank(B @ A - B_K @ A_K))
+
+
+@provokes("nothing moved")
+def rank_of_the_change__of_its_own_rounding(A_K: Tensor, B_K: Tensor, A: Tensor, B: Tensor) -> int:
+    R, S = torch.linalg.qr(torch.cat([B, B_K], dim=1)).R, torch.linalg.qr(torch.cat([A, -A_K]).T).R
+    values = torch.linalg.svdvals(R @ S.T)
+    return int((values > 1e-10 * values[0]).sum())
 
 
 @provokes("all is small")
