@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilora.adapter import add_product
 from minilora.methods.lora import LoRA, LoRALinear
 
 
@@ -42,7 +43,7 @@ class PiSSALinear(LoRALinear):
     @torch.no_grad()
     def start(self) -> None:
         rank = len(self.A)
-        U, S, Vt = torch.linalg.svd(self.weight.to(self.A.dtype), full_matrices=False)
+        U, S, Vt = torch.linalg.svd(self.base.weight.to(self.A.dtype), full_matrices=False)
         root = (S[:rank] / self.scale).sqrt()                                         # (rank)
         self.A.copy_(root[:, None] * Vt[:rank])
         self.B.copy_(U[:, :rank] * root)
@@ -50,11 +51,11 @@ class PiSSALinear(LoRALinear):
         self.register_buffer("B_0", self.B.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        y, x = self.base(x), x.to(self.A.dtype)                       # two large parts are to cancel: not in 16 bits
-        new = F.linear(F.linear(self.dropout(x), self.A), self.B)     # (..., in) -> (..., rank) -> (..., out)
-        old = F.linear(F.linear(x, self.A_0), self.B_0)
-        return y.add((new - old).to(y.dtype), alpha=self.scale)
+        A = torch.cat([self.A - self.A_0, self.A_0]).to(x.dtype)      # (2 rank, in)
+        B = torch.cat([self.B, self.B - self.B_0], dim=1)             # (out, 2 rank)
+        y, z = self.base(x), F.linear(self.dropout(x), A)             # (..., in) -> (..., out) and (..., 2 rank)
+        return add_product(y, z, B, self.scale)                       # y + s · z Bᵀ
 
     def delta_weight(self) -> Tensor:
         """(out, in): what merging adds to W."""
-        return self.scale * (self.B @ self.A - self.B_0 @ self.A_0)
+        return self.scale * (self.B @ (self.A - self.A_0) + (self.B - self.B_0) @ self.A_0)
