@@ -60,8 +60,8 @@ def _named(model: nn.Module, linears: dict[str, nn.Linear], targets: list[str]) 
     for target in targets:
         if not any(meant(name, target) for name in linears):
             there = [type(m).__name__ for name, m in model.named_modules() if meant(name, target)]
-            there += [f"Parameter of shape {tuple(p.shape)}" for name, p in model.named_parameters() if meant(name, target)]
-            raise ValueError(f"no Linear matches {target!r}{f' (a {there[0]})' if there else ''}; this model has {_last_names(model, linears)}")
+            there += [f"Parameter {tuple(p.shape)}" for name, p in model.named_parameters() if meant(name, target)]
+            raise ValueError(f"no Linear matches {target!r}; this model has {_last_names(model, linears)}" + (f"; {target} is a {there[0]}" if there else ""))
     return {name: linear for name, linear in linears.items() if any(meant(name, target) for target in targets)}
 
 
@@ -71,10 +71,10 @@ def _in_the_blocks(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str,
     inside = {name: linear for name, linear in linears.items() if name.startswith(blocks) and (blocks != WHOLE or linear is not head)}
     others = _outside(model, blocks)
     if others and linears and not inside:
-        where = kind(next(iter(others)).rpartition(".")[0])
-        what = type(model.get_submodule(next(iter(others)).rpartition(".")[0])).__name__
-        raise ValueError(f"no Linear to adapt: the weights of this model's blocks are not in nn.Linear but in {what} ({where}, …), which no adapter "
-                         f"is written for. Put nn.Linear layers with the same weights in their place, or name targets; there is {_last_names(model, linears)}")
+        where = next(iter(others)).rpartition(".")[0]
+        what = type(model.get_submodule(where)).__name__
+        raise ValueError(f"no Linear to adapt: the weights of this model's blocks are not in nn.Linear but in {what} ({kind(where)}, …), for which there "
+                         f"is no adapter. Put nn.Linear layers with the same weights in their place, or name targets; there is {_last_names(model, linears)}")
     return inside or linears                                          # a lone Linear that is all there is
 
 
@@ -86,11 +86,13 @@ def _blocks(model: nn.Module) -> tuple[str, ...]:
 
 
 def _outside(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, Tensor]:
-    """The blocks' matrices (or more) that belong neither to an nn.Linear nor to an nn.Embedding, which looks up: parameters, and packed codes."""
+    """The blocks' matrices (or more) that belong neither to an nn.Linear nor to an nn.Embedding, which looks up: parameters, and packed codes.
+    The largest first."""
     apart = {name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
     packed = [(name, b) for name, b in model.named_buffers() if b.dtype in (torch.uint8, torch.int8, torch.int32)]
-    return {name: tensor for name, tensor in (*model.named_parameters(), *packed)
-            if tensor.dim() > 1 and name.startswith(blocks) and not any(parent in apart for parent in _parents(name))}
+    found = [(name, tensor) for name, tensor in (*model.named_parameters(), *packed)
+             if tensor.dim() > 1 and name.startswith(blocks) and not any(parent in apart for parent in _parents(name))]
+    return dict(sorted(found, key=lambda pair: -pair[1].numel()))
 
 
 def _parents(name: str) -> Iterable[str]:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora import checks
-from minilora.adapter import Method, adapt, adapters, find_targets, put
+from minilora.adapter import Method, adapt, adapters, check_gradients, find_targets, put
 from minilora.storage import base_fingerprint, load_checkpoint, save_checkpoint
 
 with warnings.catch_warnings():    # in a notebook without ipywidgets tqdm falls back to text, and need not say so
@@ -108,6 +108,8 @@ def finetune(
                 if not math.isfinite(loss.item()):
                     raise FloatingPointError(f"the loss is {loss.item()} at step {step}: a lower learning rate than {lr:g} may help")
                 optimizer.zero_grad()
+                if not loss.requires_grad:
+                    check_gradients(model)                         # which names the adapters; backward() would say "no grad_fn"
                 (loss + method.penalty(model)).backward()
                 with run.whole_step():                             # Ctrl-C waits: a half-made step is never saved
                     method.before_step(model, step)

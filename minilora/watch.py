@@ -63,7 +63,8 @@ def judge(layers: dict[str, nn.Module]) -> None:
     if silent:
         said.append(f"{listed(silent)}: nothing has called them, nor others of their kind; name as targets what the loss depends on")
     if said:
-        everything = "" if reached else f"none of the adapters has one: is this {LINES['before_step']}? If so, "
-        raise ValueError(f"after backward() there is no gradient: {everything}{'; '.join(said)}")
+        opening = "after backward() these adapters have no gradient" if reached else (
+            f"no adapter has a gradient. A loop has {LINES['before_step']}; if yours has, then this is why")
+        raise ValueError(f"{opening}: {'; '.join(said)}")
     for layer in layers.values():
         layer.watch.judged = True
