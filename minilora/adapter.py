@@ -1,7 +1,8 @@
 """adapt(), merge(), unload(): the one place where a Linear is swapped for an adapter, and back.
 
 An adapter holds the frozen layer and adds to it: y = base(x) + delta(x). W is never touched, so taking the adapter away
-gives the model back bit for bit. A method (minilora/methods/) says which adapter to put on a layer.
+gives the model back bit for bit. A method (minilora/methods/) says which adapter to put on a layer; targets.py, which layers can
+carry one; watch.py notices where a loop trains something else than was meant.
 """
 
 from collections.abc import Callable, Iterator

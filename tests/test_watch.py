@@ -186,6 +186,7 @@ def test_an_expert_without_tokens_in_the_first_batch_is_let_be(method):
     """One block is left out at each training step, another each time; evaluation calls all of them before the first step."""
     def left_out(i, block, x):
         net.calls += i == 0
+        assert net.calls < 2 or block.weight is not None                              # looked at later on, which is no fault either
         return x if net.training and i == 1 + net.calls % 3 else block(x)
 
     net = ml.adapt(Net(left_out), method)
