@@ -100,7 +100,8 @@ class Method:
             method.after_step(model, step)
             optimizer.zero_grad()
 
-    Most lines do nothing for most methods. Where one is missing that the method lives by, the second step is refused with its name.
+    Most lines do nothing for most methods. Where one is missing that the method lives by, the second step is refused with its name (a
+    warning for penalty and parameter_groups, which one may write by hand).
     """
 
     trains_base: ClassVar[bool] = False    # only full fine-tuning does, and it puts no adapters

@@ -4,6 +4,7 @@ Each adapter has a Watch, which looks on until the first step is known to be in 
 shut: what it does is not part of the model.
 """
 
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -19,6 +20,8 @@ LINES = {    # of a loop, by the method's hook
     "after_step": "method.after_step(model, step) after optimizer.step() and before the gradients are cleared",
 }
 
+BY_HAND = {"parameter_groups", "penalty"}      # what a loop may as well work out by itself, so that their absence is no proof
+
 
 class Watch:
     """lines: of the loop, that the adapter's method needs and has not met yet; called, read: in training, the adapter, and its weight by others."""
@@ -33,15 +36,17 @@ class Watch:
         return bool(self.lines) or not self.judged
 
     def call(self, layer: nn.Module) -> None:
-        """A forward pass. Raises ValueError where what is trained has changed since the one before, and a line has not been met."""
+        """A forward pass. Raises ValueError, or warns, where what is trained has changed since the one before, and a line has not been met."""
         self.called |= layer.training
         if self.lines and torch.is_grad_enabled():
             versions = [p._version for p in layer.parameters() if p.requires_grad]        # each change in place counts one up
             missing = layer.missing_lines() if self.versions not in (None, versions) else set()
-            if missing:
-                line = next(line for line in LINES if line in missing)
-                raise ValueError(f"{type(layer.method).__name__} is trained without {LINES[line]}: so it would silently be another method. "
-                                 "The docstring of minilora.Method has the whole loop")
+            for line in (line for line in LINES if line in missing):
+                said = f"{type(layer.method).__name__} is trained without {LINES[line]}"
+                if line not in BY_HAND:
+                    raise ValueError(f"{said}: so it would silently be another method. The docstring of minilora.Method has the whole loop")
+                warnings.warn(f"{said}: it is another method, unless you have written that line by hand", stacklevel=3)
+                self.lines.discard(line)
             self.versions = versions
 
 
