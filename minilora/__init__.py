@@ -1,7 +1,7 @@
 """minilora: the LoRA family from scratch on a tiny GPT. The names below are in the order the course meets them."""
 
 from minilora.gpt import GPTConfig, TinyGPT, load_base
-from minilora.adapter import Adapter, Method, adapt, adapters, disabled, merge, trainable_parameters, unload
+from minilora.adapter import Adapter, Method, adapt, adapters, check_gradients, disabled, merge, trainable_parameters, unload
 from minilora.methods.full import FullFineTuning
 from minilora.methods.lora import LoRA, LoRALinear
 from minilora.methods.lora_plus import LoRAPlus

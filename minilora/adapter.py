@@ -1,7 +1,8 @@
 """adapt(), merge(), unload(): the one place where a Linear is swapped for an adapter, and back.
 
 An adapter holds the frozen layer and adds to it: y = base(x) + delta(x). W is never touched, so taking the adapter away
-gives the model back bit for bit. A method (minilora/methods/) says which adapter to put on a layer.
+gives the model back bit for bit. A method (minilora/methods/) says which adapter to put on a layer; targets.py, which layers can
+carry one; watch.py notices where a loop trains something else than was meant.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from minilora import beside
+from minilora.targets import find_targets
+from minilora.watch import Watch, judge
 
 
 class Adapter(nn.Module):
@@ -27,25 +30,39 @@ class Adapter(nn.Module):
         super().__init__()
         self.base = base
         self.method = method
-        # nn.TransformerEncoderLayer has a fused path that reads .weight and skips forward(); it stays off where a hook is set.
-        self.register_forward_hook(_stay_visible)
+        self.watch = Watch(method.lines)
+        # nn.TransformerEncoderLayer has a fused path that reads .weight and skips forward(); it stays off where any part has a hook.
+        self.visible = nn.Identity()
+        self.visible.register_forward_hook(_never_called)
 
     def delta_weight(self) -> Tensor:
         """(out, in): what merging adds to W."""
         raise NotImplementedError
 
+    def missing_lines(self) -> set[str]:
+        """The lines of a training loop that the method needs and this layer has not met."""
+        return self.watch.lines
+
+    def met(self, line: str) -> None:
+        self.watch.lines.discard(line)
+
     def __call__(self, x: Tensor, *rest, **named) -> Tensor:
+        if not torch.compiler.is_compiling() and self.watch.is_open:
+            self.watch.call(self)
         if x.is_nested:    # nn.TransformerEncoder packs padded batches so, outside training; few operations take them
             return self.base(x) + F.linear(x, self.delta_weight().to(x.dtype))
         return super().__call__(x, *rest, **named)
 
     def empty(self, *shape: int) -> nn.Parameter:
         """An unfilled parameter on the base's device; float32 beside a 16-bit base, whose steps are too coarse for Adam's updates."""
-        dtype = self.weight.dtype if self.weight.dtype == torch.float64 else torch.float32
-        return nn.Parameter(torch.empty(*shape, device=self.weight.device, dtype=dtype))
+        W = self.base.weight
+        return nn.Parameter(torch.empty(*shape, device=W.device, dtype=torch.float64 if W.dtype == torch.float64 else torch.float32))
 
     @property
     def weight(self) -> Tensor:
+        """The base's, for those who ask; the layers themselves take base.weight."""
+        if self.training and not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            self.watch.read = True
         return self.base.weight
 
     @property
@@ -61,7 +78,7 @@ class Adapter(nn.Module):
         return self.base.out_features
 
 
-def _stay_visible(module, inputs, output):
+def _never_called(module, inputs, output):
     return None
 
 
@@ -73,9 +90,33 @@ def add_product(y: Tensor, z: Tensor, B: Tensor, scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Method:
-    """A fine-tuning method: hyper-parameters, and answers to what the training loop asks. Most answer only `layer`."""
+    """A fine-tuning method: hyper-parameters, and answers to what the training loop asks. Most answer only `layer`.
+
+    A loop of your own, the same for every method; batches(step) gives x and y, loss_fn(model, x, y) the loss:
+
+        method.prepare(model, batches, loss_fn, lr)
+        optimizer = torch.optim.AdamW(method.parameter_groups(model, lr))
+        for step in range(steps):
+            (loss_fn(model, *batches(step)) + method.penalty(model)).backward()
+            method.before_step(model, step)
+            optimizer.step()
+            method.after_step(model, step)
+            optimizer.zero_grad()
+
+    Most lines do nothing for most methods. Where one is missing that the method lives by, the second step is refused with its name (a
+    warning for penalty and parameter_groups, which one may write by hand).
+    """
 
     trains_base: ClassVar[bool] = False    # only full fine-tuning does, and it puts no adapters
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The lines of that loop without which this would silently be another method."""
+        return ()
+
+    def unfit(self, linear: nn.Linear) -> str:
+        """Why the method cannot sit on this layer, or "". Such layers are left out, unless they were asked for by name."""
+        return ""
 
     def layer(self, linear: nn.Linear) -> Adapter:
         """The adapter to put on one layer."""
@@ -108,7 +149,9 @@ class Method:
         return 0.0
 
     def before_step(self, model: nn.Module, step: int) -> None:
-        """After backward, before optimizer.step(). Steps count from 0."""
+        """After backward, before optimizer.step(). Steps count from 0; at the first, every adapter must have a gradient."""
+        if step == 0:
+            check_gradients(model)
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """After optimizer.step(), before gradients are cleared."""
@@ -118,11 +161,12 @@ def adapt(model: nn.Module, method: Method, targets: list[str] | None = None) ->
     """Freeze `model` whole, norms and biases too, and put `method`'s adapters on its target Linears, in place. Returns it.
 
     A target names the Linears whose dotted name equals it or ends in ".target". None: those inside an nn.ModuleList (the
-    repeated blocks); where there is none, all but the output head.
+    repeated blocks); where there is none, all but the output head. Of these, layers that can carry no adapter are left out: those with
+    a forward of their own, those of nn.MultiheadAttention (which reads its weight past any adapter), those too thin for the rank. A
+    warning names them, and what share of the blocks' weights no nn.Linear holds.
 
-    Raises ValueError, the model unchanged, where nothing matches, an adapter is there already, a weight is tied to another
-    module's, not finite or stored in whole numbers, the layer belongs to nn.MultiheadAttention (which reads its weight past any
-    adapter), or the method refuses.
+    Raises ValueError, the model unchanged, where nothing matches or nothing is left, an adapter is there already (PEFT's too), such a
+    layer was named, a weight is tied to another module's, not finite or stored in 8 bits or whole numbers, or the method refuses.
     """
     if any(True for _ in adapters(model)):
         raise ValueError("this model is adapted already: unload() or merge() it first")
@@ -134,7 +178,7 @@ def adapt(model: nn.Module, method: Method, targets: list[str] | None = None) ->
             raise ValueError(f"{quantized[0]} is in four bits, which cannot be trained; adapt it, or train the dense model")
         return model.requires_grad_(True)
     with unwrapped(model) as plain:
-        install(plain, method.wrap(find_targets(plain, targets)))
+        install(plain, method.wrap(find_targets(plain, targets, method.unfit, tell=True)))
     return model
 
 
@@ -148,47 +192,6 @@ def install(model: nn.Module, wrapped: dict[str, Adapter]) -> nn.Module:
     return model
 
 
-def find_targets(model: nn.Module, targets: list[str] | None = None) -> dict[str, nn.Linear]:
-    """The Linears that `adapt` would put adapters on, by dotted name. Raises ValueError as adapt does."""
-    if isinstance(targets, str):
-        targets = [targets]
-    inside_attention = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    linears = {name: m for name, m in model.named_modules() if name and isinstance(m, nn.Linear)}
-    if targets is None:
-        free = {name: linear for name, linear in linears.items() if id(linear) not in inside_attention}
-        lists = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, nn.ModuleList))
-        chosen = {name: linear for name, linear in free.items() if lists and name.startswith(lists)}
-        if not chosen:
-            head = _output_head(model, free)
-            chosen = {name: linear for name, linear in free.items() if linear is not head or len(free) == 1}
-    else:
-        chosen = {}
-        for target in targets:
-            matching = {name: linear for name, linear in linears.items() if name == target or name.endswith(f".{target}")}
-            if not matching:
-                raise ValueError(f"no Linear matches {target!r}; this model has {_names(model, linears)}")
-            chosen |= matching
-        chosen = {name: linear for name, linear in linears.items() if name in chosen}      # in the model's order
-    if not chosen:
-        raise ValueError(f"no Linear to adapt; this model has {_names(model, linears)}")
-    check_targets(model, chosen)
-    return chosen
-
-
-def check_targets(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
-    """Raises ValueError where an adapter on one of them would be passed by, or could not work."""
-    inside_attention = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    _refuse_tied(model, chosen)
-    for name, linear in chosen.items():
-        if id(linear) in inside_attention:
-            raise ValueError(f"{name} belongs to an nn.MultiheadAttention, which reads its weight directly and would bypass an adapter")
-        weight = linear.weight
-        if not weight.is_floating_point():
-            raise ValueError(f"{name}: its weight is stored as {weight.dtype}, quantized by another library; adapt the model as it was before")
-        if not weight.is_meta and not weight.isfinite().all():
-            raise ValueError(f"{name}: its weight holds values that are not finite numbers; the base is broken")
-
-
 def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """(dotted name, adapter) of every adapted layer."""
     for name, module in model.named_modules():
@@ -199,6 +202,14 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
 def trainable_parameters(model: nn.Module) -> int:
     """How many numbers training may change; a tensor that layers share counts once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Between the first backward() and optimizer.step(); method.before_step does it. Raises ValueError that names the adapters without
+    a gradient and says why that may be: their weight is read past them, they ran where none is recorded, or nothing calls them.
+
+    An adapter that nothing has called yet is let be where others of its kind have a gradient: an expert to whom no token went."""
+    judge(dict(adapters(model)))
 
 
 @contextmanager
@@ -263,14 +274,25 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Fold the adapters in, in place: each becomes a new nn.Linear with weight W + delta_weight. Returns the model.
 
     The sum is made in float32 (float64 for a float64 base) and rounded once, to `dtype` or else to the base's. In 16 bits
-    that rounding can swallow most of a small update. The parameters stay frozen; model.requires_grad_() trains them on.
+    that rounding can swallow most of a small update. With `dtype` all of the model comes out in it, as after model.to(dtype), for
+    layers of two types do not fit together. The parameters stay frozen; model.requires_grad_() trains them on.
+
     What was trained beside the adapters stays as it is.
+    Raises ValueError, the model unchanged, where there are no adapters or a number is too large for the type.
     """
-    merged = {name: _merged(adapter, dtype) for name, adapter in _some_adapters(model, "merge").items()}
+    found = _some_adapters(model, "merge")
+    if dtype is not None:
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ValueError(f"dtype must be one that layers compute in, as torch.float32 or torch.bfloat16, got {dtype}")
+        inside = tuple(f"{name}." for name in found)
+        for name, tensor in model.state_dict().items():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not name.startswith(inside):
+                _fits(name, tensor, dtype)
+    merged = {name: _merged(name, adapter, dtype) for name, adapter in found.items()}
     for name, linear in merged.items():
         put(model, name, linear)
     beside.forget(model)
-    return model
+    return model if dtype is None else model.to(dtype)
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -293,15 +315,25 @@ def unload(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _merged(adapter: Adapter, dtype: torch.dtype | None) -> nn.Linear:
-    weight = adapter.weight
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    linear = nn.Linear(adapter.in_features, adapter.out_features, bias=adapter.bias is not None,
-                       device=weight.device, dtype=dtype or weight.dtype)
-    linear.weight.copy_(weight.to(wide) + adapter.delta_weight().to(wide))
-    if adapter.bias is not None:
-        linear.bias.copy_(adapter.bias)
+def _merged(name: str, adapter: Adapter, dtype: torch.dtype | None) -> nn.Linear:
+    weight, bias = adapter.base.weight, adapter.base.bias
+    wide, dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32, dtype or weight.dtype
+    linear = nn.Linear(adapter.in_features, adapter.out_features, bias=bias is not None, device=weight.device, dtype=dtype)
+    sum_ = weight.to(wide) + adapter.delta_weight().to(wide)
+    if not sum_.is_meta and not sum_.isfinite().all():
+        raise ValueError(f"{name}: W + delta_weight holds values that are not finite numbers; the adapter is broken")
+    linear.weight.copy_(_fits(f"{name}.weight", sum_, dtype))
+    if bias is not None:
+        linear.bias.copy_(_fits(f"{name}.bias", bias, dtype))
     return linear.requires_grad_(False).train(adapter.training)
+
+
+def _fits(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in that type. Raises ValueError where a number becomes infinite by it."""
+    there = tensor.to(dtype)
+    if tensor.is_meta or there.isfinite().all() or not tensor.isfinite().all():
+        return there
+    raise ValueError(f"{name} holds {tensor.abs().max().item():g}, and {dtype} ends at {torch.finfo(dtype).max:g}; merge into a wider type")
 
 
 def _some_adapters(model: nn.Module, verb: str) -> dict[str, Adapter]:
@@ -312,30 +344,15 @@ def _some_adapters(model: nn.Module, verb: str) -> dict[str, Adapter]:
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    """`module` in that place of the model. The hooks that were set on what was there go over: they are the place's."""
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
+    there = getattr(parent, child)
+    if "weight" not in vars(there) and "weight" not in vars(module):     # else a hook makes it at each call (torch.nn.utils.weight_norm): it stays
+        for hooks in HOOKS:
+            vars(there)[hooks], vars(module)[hooks] = vars(module)[hooks], vars(there)[hooks]
+    setattr(parent, child, module)
 
 
-def _output_head(model: nn.Module, linears: dict[str, nn.Linear]) -> nn.Linear | None:
-    """What transformers calls the output embeddings; in a plain module, the last Linear."""
-    named = getattr(model, "get_output_embeddings", lambda: None)()
-    return named if named is not None else next(reversed(linears.values()), None)
-
-
-def _refuse_tied(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        owners.setdefault(id(tensor), []).append(name)
-    for name, linear in chosen.items():
-        weight = linear._parameters.get("weight", linear._buffers.get("codes"))        # of a 4-bit layer the codes
-        shared = owners.get(id(weight), [])
-        if len(shared) > 1:
-            raise ValueError(f"{name}: its weight is tied ({' = '.join(shared)}); an adapter on one would not move the other")
-
-
-def _names(model: nn.Module, linears: dict[str, nn.Linear]) -> str:
-    """The last parts of the Linears' names, each once: what a target usually is."""
-    found = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
-    if not found:
-        return "no Linear below its top level" + (": it is one itself, wrap it in nn.Sequential" if isinstance(model, nn.Linear) else "")
-    return ", ".join(found)
+HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+         "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook")

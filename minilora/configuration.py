@@ -15,7 +15,8 @@ from pathlib import Path
 from torch import nn
 
 from minilora import beside
-from minilora.adapter import adapters, check_targets, find_targets
+from minilora.adapter import adapters
+from minilora.targets import check_targets, find_targets
 from minilora.formats import PEFT_TYPES
 
 PREFIX = "base_model.model."

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora import checks
-from minilora.adapter import Method, adapt, adapters, disabled, find_targets, put
+from minilora.adapter import Method, adapt, adapters, check_gradients, disabled, find_targets, put
 from minilora.data import placed
 from minilora.runs import Run, alone, saved_state, stoppable, tie, uninterrupted
 from minilora.storage import base_fingerprint
@@ -212,6 +212,7 @@ class Loss:
             if loss.requires_grad:
                 loss.backward()
         if all(parameter.grad is None for parameter in model.parameters()):
+            check_gradients(model)                         # which names the adapters, and says why that may be
             raise ValueError("nothing to train on: the loss does not depend on any parameter that is trained")
         return mean
 

@@ -132,9 +132,12 @@ def test_multihead_attentions_linear_is_refused_when_named_and_left_out_otherwis
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 2, enable_nested_tensor=False)
     with pytest.raises(ValueError, match="out_proj belongs to an nn.MultiheadAttention"):
         ml.adapt(encoder, LORA, ["linear1", "out_proj"])
-    assert names(ml.adapt(encoder, LORA)) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
+    with pytest.warns(UserWarning, match=r"\d\d% of the blocks' weights lie outside nn.Linear.*in_proj_weight; left out is layers.\*.self_attn.out_proj"):
+        ml.adapt(encoder, LORA)
+    assert names(encoder) == [f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)]
 
 
+@pytest.mark.filterwarnings("ignore:.*lie outside nn.Linear")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_encoder_layers_fused_path_does_not_bypass_the_adapter(wake, padded, nested):
@@ -209,6 +212,49 @@ def test_merge_rounds_once_to_the_asked_dtype(tiny, wake, dtype):
     exact = layer.base.weight + layer.delta_weight()
     merged = ml.merge(tiny, dtype=dtype).blocks[1].mlp.down_proj
     assert merged.weight.dtype == merged.bias.dtype == dtype and torch.equal(merged.weight, exact.to(dtype))
+
+
+@pytest.mark.parametrize("before, after", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float64)])
+@pytest.mark.parametrize("method", [LORA, ml.DoRA(rank=3), ml.QLoRA(rank=3, dropout=0.0)], ids=["LoRA", "DoRA", "QLoRA"])
+def test_merged_into_another_dtype_the_whole_model_is_in_it(tiny, ids, wake, before, after, method):
+    wake(ml.adapt(tiny.to(before), method, ["up_proj", "q_proj"]))
+    expected = tiny(ids).double()
+    said = ml.merge(tiny, dtype=after)(ids)
+    assert said.dtype == after and {p.dtype for p in tiny.parameters()} == {after}
+    assert torch.allclose(said.double(), expected, atol=0.02 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("place, option", [("blocks.0.mlp.up_proj.weight", torch.float16), ("blocks.0.mlp.up_proj.bias", torch.float16), ("head.weight", torch.float16),
+                                           ("blocks.1.mlp_norm.weight", torch.float16)])
+def test_a_number_too_large_for_the_type_is_refused_and_the_model_left_alone(tiny, place, option):
+    tiny.get_parameter(place).data.view(-1)[3] = -1e5
+    ml.adapt(tiny, LORA)
+    before, there = snapshot(tiny), names(tiny)
+    with pytest.raises(ValueError, match=f"{place} holds 100000, and torch.float16 ends at 65504; merge into a wider type"):
+        ml.merge(tiny, dtype=option)
+    assert same(tiny, before) and names(tiny) == there
+    ml.merge(tiny, dtype=torch.bfloat16)
+
+
+def test_a_sum_too_large_for_the_bases_own_type_and_a_broken_adapter_are_refused(tiny, wake):
+    wake(ml.adapt(tiny.half(), LORA))
+    layer = tiny.blocks[1].mlp.down_proj
+    layer.base.weight.data.view(-1)[0] = 65_000
+    with torch.no_grad():
+        layer.A.fill_(100.0), layer.B.fill_(100.0)
+    with pytest.raises(ValueError, match="blocks.1.mlp.down_proj.weight holds 114992, and torch.float16 ends"):
+        ml.merge(tiny)
+    with torch.no_grad():
+        layer.A.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"blocks.1.mlp.down_proj: W \+ delta_weight holds values that are not finite"):
+        ml.merge(tiny)
+    assert len(names(tiny)) == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool])
+def test_a_type_that_nothing_computes_in_is_refused(tiny, dtype):
+    with pytest.raises(ValueError, match=f"dtype must be one that layers compute in.*got {dtype}"):
+        ml.merge(ml.adapt(tiny, LORA), dtype=dtype)
 
 
 @pytest.mark.parametrize("verb", [ml.merge, ml.unload])

@@ -8,7 +8,7 @@ import pytest
 import minilora
 
 PACKAGE = Path(minilora.__file__).parent
-FLOORS = [{"encodings"}, {"checks", "gpt", "data", "plots", "beside"}, {"adapter"}, {"quant"}, {"methods"}, {"formats"}, {"configuration"}, {"storage"}, {"runs"},
+FLOORS = [{"encodings"}, {"checks", "gpt", "data", "plots", "beside", "targets"}, {"watch"}, {"adapter"}, {"quant"}, {"methods"}, {"formats"}, {"configuration"}, {"storage"}, {"runs"},
           {"training"}, {"evidence"}, {"commands"}, {"__main__"}]
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 

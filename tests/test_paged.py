@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 import warnings
 
 import pytest
@@ -185,6 +186,21 @@ def test_finetune_takes_it_and_goes_on_after_a_stop_with_the_same_bits(tmp_path)
     assert ml.finetune(again, ml.QLoRA(3), text, 6, 0.01, checkpoint=tmp_path / "c.pt", optimizer=optimizer, progress=False) == expected
     for one in (straight, again):
         assert all(torch.equal(t, one.state_dict()[key]) for key, t in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+def test_a_copy_goes_on_by_itself(twin):
+    ours = parameters()
+    one = paged(ours, lr=0.05)
+    train(one, ours, 3)
+    kept = (one.budget, one.page)
+    theirs, other = twin((ours, one))
+    assert (other.budget, other.page, other.resident, other.pages) == (*kept, 0, {})
+    train(one, ours, 3, first=3), train(other, theirs, 3, first=3)
+    assert equal(ours, theirs) and equal(states(one), states(other)) and other.peak <= other.budget
+    straight = parameters()
+    train(torch.optim.AdamW(straight, lr=0.05), straight, 6)
+    assert equal(ours, straight)                                                    # and the first was not disturbed
 
 
 def test_on_a_cpu_it_says_that_the_budget_is_simulated():

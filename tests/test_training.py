@@ -582,8 +582,13 @@ def test_a_loss_that_is_no_number_is_refused(tiny, given, what):
 
 
 def test_a_loss_that_depends_on_nothing_is_refused(tiny):
+    def cut(model, x, y):
+        return ml.next_byte_loss(model, x, y).detach()
+
+    with pytest.raises(ValueError, match=r"no adapter has a gradient.*blocks.\*.attention.q_proj.*called, but where no gradient is recorded.*\.detach\(\)"):
+        run(copy.deepcopy(tiny), loss_fn=cut)
     with pytest.raises(ValueError, match="does not depend on any parameter that is trained"):
-        run(tiny, loss_fn=lambda model, x, y: ml.next_byte_loss(model, x, y).detach())
+        run(tiny, ml.FullFineTuning(), loss_fn=cut)
 
 
 @pytest.mark.parametrize("warmup, steps, share", [(500, 20, "4%"), (20, 20, "95%"), (3, 2, "50%")])

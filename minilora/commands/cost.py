@@ -64,7 +64,6 @@ def measured_cost(args: argparse.Namespace, method: ml.Method, targets: list[str
         raise ValueError(f"without --shape the shipped base is measured: on fp32 or nf4, without a picture, and with at most {2**16:,} tokens")
     model = compare.Entry(args.method, base).model()
     ml.adapt(model, method, targets)
-    method.before_step(model, 0)                          # from here on Delta-LoRA moves W
     width = max(length for length in range(1, model.config.context + 1) if args.tokens % length == 0)
     ids = torch.zeros(args.tokens // width, width, dtype=torch.long)
     *lines, shared, rest, total = ledger.ledger(model, args.tokens, lambda: model(ids))

@@ -271,7 +271,6 @@ def step_ratio(entry: Entry, settings: Settings, rounds: int = 10) -> float:
 def priced(entry: Entry, settings: Settings) -> dict:
     """What a step costs, whatever the task: bytes alive for backward in the whole model, and its time."""
     model = entry.adapted(settings.steps, settings.base)
-    make_method(entry.method, entry.rank, steps=settings.steps).before_step(model, 0)              # from here on Delta-LoRA moves W
     x, y = data.world().batches(settings.rows, CONTEXT)(0)
     alive = bytes_alive(model, lambda: next_byte_loss(model.train(), x, y))
     return {"alive_bytes": alive, "step_ratio": round(step_ratio(entry, settings), 3)}

@@ -144,7 +144,7 @@ class VeRACost(LoRACost):
 
 
 class DeltaLoRACost(LoRACost):
-    """From start_step on, when W moves."""
+    """Before start_step too: what is not to count yet is multiplied by zero."""
 
     def frozen(self, m, o, i, f):
         return f * m.rank * (i + o) + 1                         # the snapshot, and whether it was taken
@@ -202,11 +202,8 @@ class PiSSACost(LoRACost):
     def saved(self, m, o, i):
         return {"lora_A.weight": (2 * m.rank, i), "lora_B.weight": (o, 2 * m.rank)}
 
-    def alive(self, m, o, i, n, e, f):
-        return n * f * (i * (1 + (m.dropout > 0)) + m.rank)     # in the adapter's type throughout
-
-    def shared_input(self, m, e, f):
-        return super().shared_input(m, e, f) if e == f else 0   # else each makes its own x of that type
+    def rounded(self, m, o, i):
+        return 0                                                # backward rounds them again
 
     def flops(self, m, o, i, n):
         low = 2 * n * m.rank * (i + o)

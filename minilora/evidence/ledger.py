@@ -9,7 +9,6 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -191,8 +190,7 @@ def predicted(model: nn.Module, tokens: int = 1024, run: Callable[[], object] | 
         base, method = (layer.base, layer.method) if isinstance(layer, Adapter) else (layer, FullFineTuning())
         four_bits = (base.block_size, "scales" not in base.parts) if isinstance(base, NF4Linear) else None
         alone = not (isinstance(method, LoRADrop) and id(layer.A) in counted)
-        line = formula(name, method, base.out_features, base.in_features, tokens, base.bias is not None, _type(layer).itemsize, four_bits, alone)
-        lines.append(_as_lora(line, layer, tokens) if isinstance(method, DeltaLoRA) and not layer.started else line)
+        lines.append(formula(name, method, base.out_features, base.in_features, tokens, base.bias is not None, _type(layer).itemsize, four_bits, alone))
         counted |= {id(t) for t in (*layer.parameters(), *layer.buffers())}
     if lines and isinstance(method, VeRA):
         lines[0] = with_shared(lines[0], method, [(layer.out_features, layer.in_features) for layer in layers.values()], max(4, _type(layer).itemsize))
@@ -203,13 +201,6 @@ def predicted(model: nn.Module, tokens: int = 1024, run: Callable[[], object] | 
                 twice += tokens * layers[first].in_features * len(others)
         lines.append(shared_inputs(method, twice, _type(layer).itemsize))
     return with_sum([*lines, _weighed("the rest", model, counted)])
-
-
-def _as_lora(line: Line, layer: Adapter, tokens: int) -> Line:
-    """Delta-LoRA's, before W moves: the snapshot is there already, and the rest is LoRA's."""
-    o, i, e = layer.out_features, layer.in_features, _type(layer).itemsize
-    forward, backward = LoRACost().flops(layer.method, o, i, tokens)
-    return replace(line, alive_bytes=LoRACost().alive(layer.method, o, i, tokens, e, max(e, 4)), forward_flops=forward, backward_flops=backward)
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:

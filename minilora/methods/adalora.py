@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from minilora import checks
 from minilora.adapter import Adapter, Method, adapters, add_product
-from minilora.methods.lora import check_rank
+from minilora.methods.lora import check_rank, too_thin
+from minilora.watch import LINES
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,22 @@ class AdaLoRA(Method):
             raise ValueError(f"total_steps {self.total_steps} is more than the {steps} steps of training: the budget would not be reached")
         return replace(self, total_steps=self.total_steps or steps)
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return ("penalty", "after_step") if self.orthogonal_weight else ("after_step",)
+
+    def unfit(self, linear: nn.Linear) -> str:
+        return too_thin(self.initial_rank, linear)
+
     def layer(self, linear: nn.Linear) -> "AdaLoRALinear":
         return AdaLoRALinear(linear, self)
 
     def penalty(self, model: nn.Module) -> Tensor:
         """orthogonal_weight · the mean over all P and Q of ‖PᵀP − 1‖ and ‖QQᵀ − 1‖, Frobenius."""
-        grams = [gram for _, layer in adapters(model) for gram in (layer.P.T @ layer.P, layer.Q @ layer.Q.T)]
+        grams = []
+        for _, layer in adapters(model):
+            layer.met("penalty")
+            grams += [layer.P.T @ layer.P, layer.Q @ layer.Q.T]
         norms = [torch.linalg.vector_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)) for gram in grams]
         return self.orthogonal_weight * sum(norms) / len(norms)
 
@@ -101,11 +112,14 @@ class AdaLoRA(Method):
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int) -> None:
         layers, last_cut = [layer for _, layer in adapters(model)], self.last_cut
-        if step < self.total_steps - self.final_steps:
-            for layer in layers:
+        for layer in layers:
+            layer.met("after_step")
+            if step < self.total_steps - self.final_steps:
                 layer.judge(self.beta1, self.beta2)
         if step >= last_cut or step > self.warmup_steps and step % self.interval == 0:
             if step <= last_cut:
+                if not any(layer.importance().any() for layer in layers):
+                    raise ValueError("AdaLoRA has seen no gradient to judge its triplets by. A loop has " + LINES["after_step"])
                 keep_best(layers, self.budget(step, len(layers)))
             for layer in layers:
                 layer.lam.masked_fill_(~layer.mask, 0.0)

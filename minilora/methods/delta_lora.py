@@ -47,6 +47,10 @@ class DeltaLoRA(LoRA):
             raise ValueError(f"start_step {self.start_step} is beyond training, whose last step is {steps - 1}: W would never move")
         return self
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return ("before_step",)
+
     def layer(self, linear: nn.Linear) -> "DeltaLoRALinear":
         if isinstance(linear, NF4Linear):
             raise ValueError("Delta-LoRA lets W follow B A, and a W in four bits cannot: its steps are too wide")
@@ -54,10 +58,12 @@ class DeltaLoRA(LoRA):
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, step: int) -> None:
+        super().before_step(model, step)
         for _, layer in adapters(model):
-            if step >= self.start_step and not layer.started:
-                layer.A_K.copy_(layer.A)
-                layer.B_K.copy_(layer.B)
+            layer.met("before_step")
+            if step >= self.start_step:                               # where, for a branch on a tensor would wait for the GPU
+                torch.where(layer.started, layer.A_K, layer.A, out=layer.A_K)
+                torch.where(layer.started, layer.B_K, layer.B, out=layer.B_K)
                 layer.started.fill_(True)
 
 
@@ -72,14 +78,12 @@ class DeltaLoRALinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)                                                        # base(x) + s · (x Aᵀ) Bᵀ
-        if not self.started:
-            return y
         A = torch.cat([self.A.detach(), self.A_K]).to(x.dtype)                        # (2 rank, in)
-        B = torch.cat([self.B.detach(), -self.B_K], dim=1)                            # (out, 2 rank)
+        B = torch.cat([self.B.detach(), -self.B_K], dim=1) * self.started             # (out, 2 rank), zero before step K
         return add_product(y, F.linear(x, A), B, self.method.delta_ratio * self.scale)
 
     def delta_weight(self) -> Tensor:
         """(out, in): what merging adds to W."""
         BA = self.B @ self.A
-        moved = self.method.delta_ratio * (BA - self.B_K @ self.A_K) if self.started else 0.0
-        return self.scale * (BA + moved)
+        moved = self.started * (BA - self.B_K @ self.A_K)
+        return self.scale * (BA + self.method.delta_ratio * moved)

@@ -46,7 +46,7 @@ class DoRALinear(LoRALinear):
     def row_norms(self) -> Tensor:
         """(out): n, without forming W + s · B A."""
         A, s, gram = self.A, self.scale, self.A @ self.A.T                            # (rank, in), number, (rank, rank)
-        weight = self.weight                                                          # once: a 4-bit base makes it anew at each look
+        weight = self.base.weight                                                     # once: a 4-bit base makes it anew at each look
         rows = self.out_features if weight.dtype == A.dtype else -(-self.out_features // 8)
         norms = []
         for W, B in zip(weight.split(rows), self.B.split(rows)):                 # all at once, unless W must be cast
@@ -66,4 +66,4 @@ class DoRALinear(LoRALinear):
     def delta_weight(self) -> Tensor:
         """(out, in): what merging adds to W."""
         g = (self.magnitude / self.row_norms())[:, None]
-        return (g - 1) * self.weight + g * self.scale * (self.B @ self.A)
+        return (g - 1) * self.base.weight + g * self.scale * (self.B @ self.A)

@@ -38,6 +38,9 @@ class LoRA(Method):
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def unfit(self, linear: nn.Linear) -> str:
+        return too_thin(self.rank, linear)
+
     def layer(self, linear: nn.Linear) -> "LoRALinear":
         return LoRALinear(linear, self)
 
@@ -68,7 +71,14 @@ class LoRALinear(Adapter):
         return self.scale * self.B @ self.A
 
 
+def too_thin(rank: int, linear: nn.Linear) -> str:
+    """Why a pair of this rank is too wide for the layer, or ""."""
+    if rank <= min(linear.in_features, linear.out_features):
+        return ""
+    return (f"rank {rank} is above min(in, out) of a {linear.in_features} -> {linear.out_features} layer: "
+            "no update of W has a higher rank than that")
+
+
 def check_rank(rank: int, linear: nn.Linear) -> None:
-    if rank > min(linear.in_features, linear.out_features):
-        raise ValueError(f"rank {rank} is above min(in, out) of a {linear.in_features} -> {linear.out_features} layer: "
-                         "no update of W has a higher rank than that")
+    if reason := too_thin(rank, linear):
+        raise ValueError(reason)

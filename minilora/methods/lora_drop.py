@@ -17,12 +17,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from minilora import checks
 from minilora.adapter import adapters
 from minilora.data import placed
 from minilora.methods.lora import LoRA, LoRALinear
+from minilora.targets import kind
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,17 @@ class LoRADrop(LoRA):
             raise ValueError(f"warmup_steps {self.warmup_steps} is more than the {steps} steps of training that it prepares")
         return self
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return ("prepare",)
+
     def layer(self, linear: nn.Linear) -> "LoRADropLinear":
         return LoRADropLinear(linear, self)
 
     def prepare(self, model: nn.Module, batches: Callable, loss_fn: Callable, lr: float) -> None:
         layers = dict(adapters(model))
+        for layer in layers.values():
+            layer.met("prepare")
         if all(layer.decided for layer in layers.values()):
             return                                                    # a model that was loaded, or is trained on
         device, mode = next(model.parameters()).device, model.training
@@ -63,6 +70,8 @@ class LoRADrop(LoRA):
                     for tensor, start in zip(moving, started):
                         tensor.copy_(start)
                         tensor.grad = None
+                for layer in layers.values():
+                    layer.watch.called = layer.watch.read = False
         share_pairs(layers, self.kept(g, layers))
 
     def warm_up(self, model: nn.Module, batches: Callable, loss_fn: Callable, lr: float) -> None:
@@ -123,13 +132,15 @@ class LoRADropLinear(LoRALinear):
         self.register_buffer("decided", torch.tensor(False, device=self.A.device))
         self.register_buffer("own", torch.tensor(True, device=self.A.device))
 
+    def missing_lines(self) -> set[str]:
+        return super().missing_lines() - ({"prepare"} if self.decided else set())     # what was loaded or is gone on with was prepared then
+
 
 def kinds(layers: dict[str, LoRALinear]) -> list[list[str]]:
     """The names of the layers, kind by kind: blocks.0.attention.q_proj with blocks.1.attention.q_proj, if their shapes are equal."""
     found: dict[tuple, list[str]] = {}
     for name, layer in layers.items():
-        words = [part for part in name.split(".") if not part.isdecimal()]
-        found.setdefault((*words, layer.weight.shape), []).append(name)
+        found.setdefault((kind(name), layer.out_features, layer.in_features), []).append(name)
     return list(found.values())
 
 

@@ -35,6 +35,10 @@ class LoRAFA(LoRA):
         if self.projection and self.alpha == 0:
             raise ValueError("alpha must not be 0 with projection=True, which divides by its square")
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return ("before_step",) if self.projection else ()
+
     def layer(self, linear: nn.Linear) -> LoRALinear:
         layer = LoRALinear(linear, self)
         layer.A.requires_grad_(False)
@@ -42,9 +46,9 @@ class LoRAFA(LoRA):
 
     @torch.no_grad()
     def before_step(self, model: nn.Module, step: int) -> None:
-        if not self.projection:
-            return
-        for _, layer in adapters(model):
+        super().before_step(model, step)
+        for _, layer in adapters(model) if self.projection else ():
+            layer.met("before_step")
             if layer.B.grad is not None:
                 gram = layer.A @ layer.A.T                                                # (rank, rank)
                 layer.B.grad.copy_(layer.B.grad @ torch.linalg.pinv(gram, hermitian=True) / layer.scale**2)

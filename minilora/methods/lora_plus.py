@@ -31,9 +31,15 @@ class LoRAPlus(LoRA):
         super().__post_init__()
         checks.number("ratio", self.ratio, "of at least 0", lambda ratio: ratio >= 0)
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        return ("parameter_groups",)
+
     def parameter_groups(self, model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict]:
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        fast = {layer.B for _, layer in adapters(model)}
+        trainable, fast = [p for p in model.parameters() if p.requires_grad], set()
+        for _, layer in adapters(model):
+            layer.met("parameter_groups")
+            fast.add(layer.B)
         groups = [
             {"params": [p for p in trainable if p not in fast and p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
             {"params": [p for p in trainable if p in fast], "lr": lr * self.ratio, "weight_decay": weight_decay},

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minilora.adapter import adapters, find_targets, put
 from minilora.quant.double import DoubleQuantized
 from minilora.quant.nf4 import NF4Tensor, quantize_nf4
+from minilora.targets import PLAIN_FORWARDS
 
 
 class Product(torch.autograd.Function):
@@ -110,14 +111,17 @@ class NF4Linear(nn.Linear):
                 f"blocks of {self.block_size}, computes in {self.compute_dtype}")
 
 
+PLAIN_FORWARDS.add(NF4Linear.forward)
+
+
 def quantize(model: nn.Module, targets: list[str] | None = None, block_size: int = 64, double: bool = True) -> nn.Module:
-    """Put the target Linears in four bits, in place, and return the model; targets as in adapt. Each dense weight is gone afterwards.
+    """Put the target Linears in four bits, in place, and return the model; targets as in adapt, with its warning. Each dense weight is gone.
 
     Raises ValueError, the model unchanged, where adapt would, on an adapted model, and where a target is in four bits already.
     """
     if any(True for _ in adapters(model)):
         raise ValueError("this model is adapted already: quantize first, then adapt")
-    linears = find_targets(model, targets)
+    linears = find_targets(model, targets, tell=True)
     for name, linear in linears.items():
         if isinstance(linear, NF4Linear):
             raise ValueError(f"{name} is in four bits already")

@@ -102,9 +102,22 @@ class PagedAdamW(torch.optim.Optimizer):
         return tensor.cpu().pin_memory() if pinned else tensor.cpu()
 
     def state_dict(self) -> dict:
+        self.write_all_back()
+        return super().state_dict()
+
+    def write_all_back(self) -> None:
         for (p, start), pair in self.pages.items():
             self.write_back(p, start, pair)
-        return super().state_dict()
+
+    def __getstate__(self) -> dict:
+        """For a deepcopy or a pickle: all is in the host, and the copy begins with no page on the device."""
+        self.write_all_back()
+        return super().__getstate__() | {"budget": self.budget, "page": self.page, "pages": {}, "resident": 0, "peak": 0, "moved": 0}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for state in self.state.values():
+            state.update({name: self.host(state[name]) for name in ("exp_avg", "exp_avg_sq") if name in state})       # pinned again
 
     def load_state_dict(self, state_dict: dict) -> None:
         """m and v go to the host; none of them takes the way over the device."""
