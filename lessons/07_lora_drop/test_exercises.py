@@ -91,6 +91,7 @@ def test_shares_of_nothing_are_refused(importance_shares, g):
     ([0.5, 0.25, 0.25], 0.75, [0, 1], "0.25 and 0.25 tie: the earlier one"),
     ([0.0, 0.25, 0.0, 0.75], 0.875, [1, 3], "layers that say nothing are not needed"),
     ([0.0, 0.25, 0.75], 1.0, [0, 1, 2], "at threshold 1 all layers keep theirs, also the one whose share is 0"),
+    ([0.75, 0.25, 0.0, 0.0, 0.0], 1.0, [0, 1, 2, 3, 4], "at threshold 1 all layers keep theirs"),
     ([1.0], 0.9, [0], "a single layer")])
 def test_share_until_the_threshold_is_reached(share_until, shares, threshold, want, why):
     got = share_until(list(shares), threshold)
