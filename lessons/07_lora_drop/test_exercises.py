@@ -244,6 +244,8 @@ def test_price_when_the_measurement_fails(price_of_taking_out):
 
     try:
         price_of_taking_out(model, names, breaks)
+    except NotImplementedError:                                         # a RuntimeError too: the stub, not the measurement
+        raise
     except RuntimeError as error:
         assert "out of memory" in str(error), f"the error of evaluate must reach the caller, not another one: {error}"
     else:
