@@ -19,7 +19,7 @@ EQUIVALENT = {
     "ctx.save_for_backward(z, A.detach(), B)", "ctx.save_for_backward(z, A, B.detach())", "return _cut(scale * (z @ B.T))", "return scale * (z @ B.detach().T)",
     "dB = g.detach().reshape(-1, B.shape[0]).T @ z.reshape(-1, B.shape[1])",
 )} | {("LoRAFAFunction", line): NO_GRAPH for line in (
-    "z = x @ A.detach().T", "return _cut((ctx.scale * (g @ B @ A), None, ctx.scale * dB, None))", "return (ctx.scale * (g.detach() @ B @ A), None, ctx.scale * dB, None)",
+    "z = x.detach() @ A.T", "z = x @ A.detach().T", "return _cut((ctx.scale * (g @ B @ A), None, ctx.scale * dB, None))", "return (ctx.scale * (g.detach() @ B @ A), None, ctx.scale * dB, None)",
 )} | {("SeededDropoutFunction", line): NO_GRAPH for line in (
     "z = x.detach() * _mask(x, p, seed) @ A.T", "z = x * _mask(x.detach(), p, seed) @ A.T", "z = x * _mask(x, p, seed) @ A.detach().T",
     "dropped = ctx.scale * (g.detach() @ B @ A)", "return _cut((dropped * _mask(dropped, ctx.p, ctx.seed), None, ctx.scale * dB, None, None, None))",
