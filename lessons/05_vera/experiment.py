@@ -5,6 +5,7 @@
               Two throws that no report uses, on other batches, scored on a held-out part that no report uses (`voice.choosing()`)
     throws    each bettor at its rate: ten throws of its random numbers, always the same batches, the other held-out part
     orders    VeRA of rank 192 with throw 0 alone, and ten orders of the batches: how much is the dice, how much the order?
+    own       VeRA of rank 192 at the same rate, but each of the 24 layers throws an A and a B of its own: what does sharing cost?
 
 A bettor is LoRA of rank 1 (its A is thrown, then trained) or VeRA of some rank (A and B are thrown, then frozen). A throw is a seed.
 LoRA of rank 1 and VeRA of rank 192 train the same number of numbers: 9,216. Losses are nats per byte. A run is never made twice: stopped,
@@ -36,6 +37,8 @@ def run(part: str, bettor: str, lr: float, throw: int, order: int) -> dict:
     model = ml.load_base()
     torch.manual_seed(throw)                                             # LoRA's A is drawn from here, VeRA's matrices from their own seed
     ml.adapt(model, method)
+    if part == "own":
+        throw_for_each(model, method)
     trained = ml.trainable_parameters(model)
     try:
         ml.finetune(model, method, voice.batches(ROWS, CONTEXT, order), STEPS, lr, schedule="linear", progress=False)
@@ -44,6 +47,13 @@ def run(part: str, bettor: str, lr: float, throw: int, order: int) -> dict:
         loss = math.nan
     return {"part": part, "bettor": bettor, "lr": lr, "throw": throw, "order": order, "trained": trained,
             "held_out": round(loss, 5) if math.isfinite(loss) else None}
+
+
+def throw_for_each(model: torch.nn.Module, method: ml.VeRA) -> None:
+    """In place: each layer's A and B from a seed that no other layer has. As wide and as tall as the shared ones were, so of the same scale."""
+    for i, (_, layer) in enumerate(ml.adapters(model)):
+        own = ml.VeRA(method.rank, seed=1000 * (method.seed + 1) + i).projections(layer.A.shape[1], layer.B.shape[0])
+        layer.A, layer.B = (torch.nn.Parameter(M, requires_grad=False) for M in own)
 
 
 class Records:
@@ -96,6 +106,8 @@ def main() -> None:
             records.loss("throws", bettor, lr, throw, 0)
     for order in THROWS:
         records.loss("orders", "VeRA 192", rates["VeRA 192"], 0, order)
+    for throw in THROWS:
+        records.loss("own", "VeRA 192", rates["VeRA 192"], throw, 0)
 
 
 if __name__ == "__main__":

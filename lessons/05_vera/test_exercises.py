@@ -126,11 +126,13 @@ def test_the_largest_layer_takes_everything(slice_shared):
     assert torch.equal(A_all, A) and torch.equal(B_all, B), "a layer as wide as A and as tall as B takes all of both"
 
 
-@pytest.mark.parametrize("into, out", [(10, 4), (5, 8), (20, 30)])
-def test_what_does_not_fit_is_refused(slice_shared, into, out):
+@pytest.mark.parametrize("rank, widest, tallest", [(3, 9, 7), (2, 6, 4)])
+@pytest.mark.parametrize("wider, taller", [(1, -1), (-2, 1), (5, 20)])
+def test_what_does_not_fit_is_refused(slice_shared, rank, widest, tallest, wider, taller):
+    into, out = widest + wider, tallest + taller
     with pytest.raises(ValueError):
-        slice_shared(draw(3, 9), draw(7, 3, seed=1), into, out)
-        pytest.fail(f"a layer with in = {into}, out = {out} does not fit A with 9 columns and B with 7 rows: raise ValueError, or the slice is silently too short")
+        slice_shared(draw(rank, widest), draw(tallest, rank, seed=1), into, out)
+        pytest.fail(f"a layer with in = {into}, out = {out} does not fit A with {widest} columns and B with {tallest} rows: raise ValueError, or the slice is silently too short")
 
 
 # draw_projections
@@ -281,10 +283,20 @@ def test_reach_counts_relatively(vera_reach):
     _, A, B, b, d = layer(7, 5, 4)
     got = vera_reach(A, B, 1e-8 * b, 1e-8 * d)
     assert got[0] == 4, f"all is small here, and the rank is 4 nevertheless, you have {got[0]}: compare with the largest singular value, not with a fixed number"
-    got = vera_reach(A, B, b, d * torch.tensor([1, 1, 1, 1e-14]).double())
-    assert got[0] == 3, f"one direction is 1e-14 of the others: it counts as zero (up to 1e-10 of the largest), so the rank is 3, you have {got[0]}"
+    got = vera_reach(A, B, b, d * torch.tensor([1, 1, 1, 1e-12]).double())
+    assert got[0] == 3, f"one direction is 1e-12 of the others: it counts as zero (up to 1e-10 of the largest), so the rank is 3, you have {got[0]}"
     got = vera_reach(A, B, b, d * torch.tensor([1, 1, 1, 1e-7]).double())
     assert got[0] == 4, f"one direction is 1e-7 of the others, and that is more than 1e-10: the rank is 4, you have {got[0]}"
+    _, A, B, b, d = layer(4, 9, 5)
+    got = vera_reach(A, B, b * torch.tensor([1, 1, 1, 1e-7]).double(), d)
+    assert got[0] == 4, f"one row is 1e-7 of the others, and that is more than 1e-10: the rank is 4, you have {got[0]}"
+
+
+@pytest.mark.parametrize("small, want", [(1.5e-10, 2), (0.5e-10, 1)])
+def test_reach_counts_zero_up_to_1e_10(vera_reach, small, want):
+    one, ones = torch.eye(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    got = vera_reach(one, one, ones, torch.tensor([1, small], dtype=torch.float64))
+    assert got[0] == want, f"dW = diag(1, {small:g}) has rank {want} when up to 1e-10 of the largest counts as zero, you have {got[0]}"
 
 
 def test_reach_of_a_sum_that_hides_a_direction(vera_reach):
