@@ -4,12 +4,11 @@
     search    for each bettor its own rate: steps by a factor of 2 from a guess, on until the best rate has a worse one on both sides.
               Two throws that no report uses, on other batches, scored on a held-out part that no report uses (`voice.choosing()`)
     throws    each bettor at its rate: ten throws of its random numbers, always the same batches, the other held-out part
-    orders    VeRA of rank 192 with throw 0 alone, and ten orders of the batches: how much is the dice, how much the order?
     own       VeRA of rank 192 at the same rate, but each of the 24 layers throws an A and a B of its own: what does sharing cost?
 
 A bettor is LoRA of rank 1 (its A is thrown, then trained) or VeRA of some rank (A and B are thrown, then frozen). A throw is a seed.
 LoRA of rank 1 and VeRA of rank 192 train the same number of numbers: 9,216. Losses are nats per byte. A run is never made twice: stopped,
-the same command goes on. About four minutes on one core.
+the same command goes on. About five minutes on one core.
 """
 
 import json
@@ -104,8 +103,6 @@ def main() -> None:
     for throw in THROWS:
         for bettor, lr in rates.items():
             records.loss("throws", bettor, lr, throw, 0)
-    for order in THROWS:
-        records.loss("orders", "VeRA 192", rates["VeRA 192"], 0, order)
     for throw in THROWS:
         records.loss("own", "VeRA 192", rates["VeRA 192"], throw, 0)
 

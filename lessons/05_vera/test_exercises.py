@@ -100,7 +100,7 @@ def test_vera_starts_silent_and_passes_the_gradients(vera_forward, out, into, ra
     y.backward(g)
     v = (d * (x @ A.T)) @ B.T
     for name, leaf, want in zip(("x", "b", "d"), leaves, (g @ (W + b[:, None] * (B * d) @ A), (g * v).sum(0), ((g * b) @ B * (x @ A.T)).sum(0))):
-        assert leaf.grad is not None, f"{name} is cut off: it receives no gradient"
+        assert leaf.grad is not None, f"no gradient reaches {name}: it is cut off, by a .detach() or torch.no_grad()"
         must_equal(leaf.grad, want.detach(), {}, f"the gradient of {name}")
 
 

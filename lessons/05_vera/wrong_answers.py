@@ -54,7 +54,7 @@ def vera_forward__divided_by_rank(x: Tensor, W: Tensor, A: Tensor, B: Tensor, b:
     return F.linear(x, W) + b * ((d * (x @ A.T)) @ B.T) / len(d)
 
 
-@provokes("d is cut off")
+@provokes("no gradient reaches d")
 def vera_forward__d_detached(x: Tensor, W: Tensor, A: Tensor, B: Tensor, b: Tensor, d: Tensor) -> Tensor:
     return F.linear(x, W) + b * ((d.detach() * (x @ A.T)) @ B.T)
 
