@@ -133,6 +133,11 @@ def test_the_lessons_table_has_every_lesson_with_the_minutes_of_its_exercises(pa
         assert page.name != "README.md" or question in own.read_text(encoding="utf-8").splitlines()[0]
 
 
+def test_the_map_has_every_lesson_and_the_minutes_of_the_front_page():
+    front = {row[0][:4]: (row[1], row[3]) for row in rows(ROOT / "README.md", "| | ")}
+    assert {row[0][:4]: (row[1], row[3]) for row in rows(ROOT / "lessons" / "README.md", "| lesson ")} == front
+
+
 # results.md
 
 RUNS = compare.read(compare.PUBLISHED)["runs"]

@@ -34,7 +34,7 @@ class LoRAFAFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        """x: (..., in)   A: (rank, in)   B: (out, rank)   ->   (..., out)
+        """x: (..., in), and ... may be empty: one vector   A: (rank, in)   B: (out, rank)   ->   (..., out)
 
         What backward needs goes into one call of ctx.save_for_backward; numbers that are no tensors may be written on ctx.
         """
@@ -49,10 +49,10 @@ class LoRAFAFunction(torch.autograd.Function):
 def bytes_freed(reads: dict[str, str], sizes: dict[str, int], frozen: set[str], elsewhere: set[str], dropout: bool) -> int:
     """The audit: how many bytes a model need not keep once the A of the layers in `frozen` stand still. Of inputs only, not of x Aᵀ or masks.
 
-    reads: adapted layer -> the input it reads; q, k and v read one.   sizes: input -> its bytes.
+    reads: adapted layer -> the input it reads; q, k and v read one.   sizes: input -> its bytes (an input that no adapted layer reads does not count).
     elsewhere: inputs that the model keeps for another reason. Attention keeps its own output, which o_proj reads.
     An input is freed, once, when nobody keeps it any more. With dropout each layer makes a dropped x of its own, as large
-    as its input, which nobody else knows; it is freed when this layer's A stands still.
+    as its input, which only that layer holds, so `elsewhere` plays no part; it is freed when this layer's A stands still.
     """
     raise NotImplementedError
 
@@ -83,7 +83,7 @@ class SeededDropoutFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, seed: int) -> Tensor:
-        """x: (..., in)   A: (rank, in)   B: (out, rank)   0 <= p < 1   ->   (..., out). Of tensors it keeps A, B and dropped(x) Aᵀ, nothing else."""
+        """x: (..., in), also one vector   A: (rank, in)   B: (out, rank)   0 <= p < 1   ->   (..., out). Of tensors it keeps A, B and dropped(x) Aᵀ, nothing else."""
         raise NotImplementedError
 
     @staticmethod
