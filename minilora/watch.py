@@ -55,6 +55,8 @@ def judge(layers: dict[str, nn.Module]) -> None:
     trained = {name: [p for key, p in layer.named_parameters() if p.requires_grad and not key.startswith("base.")] for name, layer in layers.items()}
     without = {name: layers[name].watch for name, parameters in trained.items() if any(p.grad is None for p in parameters)}
     reached = {kind(name) for name, parameters in trained.items() if parameters and name not in without}
+    if not reached and not any(layer.watch.called or layer.watch.read for layer in layers.values()):
+        return                                                                        # nothing has run yet: a hook was called by hand
     unjudged = {name: watch for name, watch in without.items() if not watch.judged}
     called = [name for name, watch in unjudged.items() if watch.called]
     read = [name for name, watch in unjudged.items() if watch.read and not watch.called]

@@ -217,6 +217,15 @@ def test_frozen_adapters_and_ordinary_checkpointing_are_no_fault():
     assert net.blocks[0].B.any() and not net.blocks[3].B.any()
 
 
+def test_a_hook_may_be_called_by_hand_before_anything_has_run():
+    net = ml.adapt(Net(past), ml.DeltaLoRA(2))
+    ml.DeltaLoRA(2).before_step(net, 0)
+    assert all(layer.started for _, layer in ml.adapters(net))
+    loss_fn(net, *batches(0)).backward()
+    with pytest.raises(ValueError, match="reads .weight past the adapter"):           # and it has settled nothing
+        ml.DeltaLoRA(2).before_step(net, 0)
+
+
 def test_the_check_can_be_called_by_hand():
     net = ml.adapt(Net(past), ml.LoRA(2))
     loss_fn(net, *batches(0)).backward()
