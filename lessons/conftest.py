@@ -228,6 +228,11 @@ def pytest_report_teststatus(report):
         return word, "_" if word == NOT_SOLVED else "F", word.upper()
 
 
+def pytest_itemcollected(item):
+    """`-k lora_branch` finds the tests of that exercise, whatever they are called."""
+    item.extra_keyword_matches.update(asked(item))
+
+
 def pytest_deselected(items):
     for item in items:
         item.config.stash[shortened].update(asked(item))

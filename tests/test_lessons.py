@@ -396,6 +396,8 @@ def test_an_endless_loop_ends_and_a_part_of_the_tests_does_not_count_as_solved(s
     solved = LESSON["exercises.py"].replace("raise NotImplementedError", "return 2 * x", 1)
     printed = school("-k", "four or nine", exercises=solved)
     assert re.search(r"00_arithmetic +\?\. +0/2 solved +\(\?: not all of its tests were run\)", printed), printed
+    named = school("-k", "double", exercises=solved)                      # its tests are called four and six
+    assert "2 passed" in named and re.search(r"00_arithmetic +#\. +1/2 solved", named), named
     assert "--answers=committed finds no exercises.py in a commit" in school("--answers=committed")
     machinery = tmp_path / "lessons" / "conftest.py"
     machinery.write_text(machinery.read_text(encoding="utf-8").replace("lambda: 20", "lambda: 1"), encoding="utf-8")
