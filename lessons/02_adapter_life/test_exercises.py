@@ -397,7 +397,7 @@ def check_stored(folder, wanted):
     stored = {name: tensors[f"base_model.model.{name}.lora_B.weight"] @ tensors[f"base_model.model.{name}.lora_A.weight"] for name in wanted}
     alpha, r, rooted = config["lora_alpha"], config["r"], config.get("use_rslora", False)
     if all(torch.allclose(stored[name], wanted[name], rtol=1e-4, atol=1e-4) for name in wanted):
-        assert not rooted or math.isclose(alpha, math.sqrt(r)), f"B and A are right, but the new folder still says use_rslora: lora_alpha / √r is {alpha / math.sqrt(r):g}"
+        assert not rooted or math.isclose(alpha, math.sqrt(r)), f"B and A are right, but the new folder still says use_rslora: lora_alpha / √r is {alpha / math.sqrt(r):g}, it must be 1"
         assert rooted or math.isclose(alpha, r), (
             f"B and A are right, but your adapter_config.json multiplies again: lora_alpha / r is {alpha:g} / {r:g} = {alpha / r:g}, it must be 1")
 
