@@ -284,7 +284,7 @@ def scaled_mixture__factor_on_both_sides(folders: list[Path], weights: list[floa
     _mix(folders, weights, into, _scale, into_A=lambda factor: factor)
 
 
-@provokes("your adapter_config.json multiplies again: lora_alpha / r is 5 / 2 = 2.5, it must be 1")
+@provokes("your adapter_config.json multiplies again: lora_alpha / r is 12.5 / 5 = 2.5, it must be 1")
 def scaled_mixture__alpha_left_as_it_was(folders: list[Path], weights: list[float], into: Path) -> None:
     _mix(folders, weights, into, _scale)
     config = json.loads((into / "adapter_config.json").read_text())
