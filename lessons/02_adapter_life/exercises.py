@@ -50,7 +50,7 @@ def survivors(W: Tensor, dW: Tensor, dtype: torch.dtype) -> float:
     """The share of weights, 0 to 1, in which a merge into `dtype` leaves any trace: round(base + dW) is not base, where base = round(W).
 
     W, dW: of one shape, any floating dtype. Make the sum in float64 and round it once, to `dtype`. A weight whose dW is 0 has nothing to lose:
-    it counts neither as survivor nor in the whole. At least one dW is not 0.
+    it counts neither as survivor nor in the whole. At least one dW is not 0. A Python float, right to twelve digits: take the mean in float64 too.
     """
     raise NotImplementedError
 
@@ -60,7 +60,7 @@ def what_resume_needs(model: nn.Module, optimizer: torch.optim.Optimizer, step: 
 
         "trained"     {name: detached copy} of every parameter with requires_grad, by its name in the model; the frozen ones are on disk already
         "optimizer"   what optimizer.state_dict() says: Adam's two moments of each number, and how many steps it has made
-        "random"      torch.get_rng_state(): the dice that dropout throws
+        "random"      torch.get_rng_state(): the random generator's state, from which dropout draws
         "step"        the next step's number
 
     Training may go on in the same process: nothing that is returned may change with it.

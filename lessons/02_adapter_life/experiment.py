@@ -4,7 +4,7 @@
     plane       held-out loss in four voices where the two are mixed with weights (u, v): updates added, or factors added
     corners     the same at a few (u, v), three seeds
     peft        how far PEFT's own mixtures of the two files, "cat" and "linear", are from ours (where PEFT is installed)
-    resume      training loss from step 100 on, three seeds: gone on with from a checkpoint; from the adapter alone; the same with a warm-up
+    resume      training loss from step 100 on, three seeds: resumed from a checkpoint; from the adapter alone; the same with a warm-up
 """
 
 import copy

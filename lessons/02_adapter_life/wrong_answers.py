@@ -193,6 +193,12 @@ def survivors__sum_in_the_type(W: Tensor, dW: Tensor, dtype: torch.dtype) -> flo
     return (W.to(dtype) + dW.to(dtype) != W.to(dtype))[dW != 0].double().mean().item()
 
 
+@provokes("take the mean in float64")
+def survivors__mean_in_float32(W: Tensor, dW: Tensor, dtype: torch.dtype) -> float:
+    base = W.to(dtype)
+    return ((base.double() + dW.double()).to(dtype) != base)[dW != 0].float().mean().item()
+
+
 @provokes("a Python float is wanted")
 def survivors__a_tensor(W: Tensor, dW: Tensor, dtype: torch.dtype) -> float:
     base = W.to(dtype)
@@ -225,13 +231,13 @@ def what_resume_needs__no_moments(model: nn.Module, optimizer: torch.optim.Optim
 
 
 @provokes("'random' is missing")
-def what_resume_needs__no_dice(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict:
+def what_resume_needs__no_random_state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict:
     kept = _kept(model, optimizer, step)
     del kept["random"]
     return kept
 
 
-@provokes("only look at the dice")
+@provokes("only read the generator's state")
 def what_resume_needs__a_new_seed(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict:
     torch.manual_seed(step)
     return _kept(model, optimizer, step)
@@ -276,6 +282,13 @@ def scaled_mixture__roots_of_the_size(folders: list[Path], weights: list[float],
 @provokes("off by up to")
 def scaled_mixture__factor_on_both_sides(folders: list[Path], weights: list[float], into: Path) -> None:
     _mix(folders, weights, into, _scale, into_A=lambda factor: factor)
+
+
+@provokes("your adapter_config.json multiplies again: lora_alpha / r is 12.5 / 5 = 2.5, it must be 1")
+def scaled_mixture__alpha_left_as_it_was(folders: list[Path], weights: list[float], into: Path) -> None:
+    _mix(folders, weights, into, _scale)
+    config = json.loads((into / "adapter_config.json").read_text())
+    (into / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2.5 * config["r"]}))
 
 
 @provokes("an rsLoRA's scale is alpha / √r")

@@ -25,20 +25,21 @@ def growth_exponent(widths: list[int], sizes: list[float]) -> float:
     raise NotImplementedError
 
 
-def widest_useful_rate(first: float, second: float, limit: float) -> float:
-    """One rate η for both factors: the largest with first · η + second · η² ≤ limit.
+def widest_useful_rate(from_B: float, from_A: float, limit: float) -> float:
+    """One rate η for both factors: the largest with from_B · η + from_A · η² ≤ limit.
 
-    first: how far δB A x moves the output for each unit of B's rate.   second: how far B δA x + δB δA x move it for each unit of
-    A's rate times B's.   limit: how far the output may move in a step, above 0.
-    first, second ≥ 0. Where both are 0 no rate is too large: math.inf. Right to nine digits, also where `second` is tiny or 0.
+    from_B: how far δB A x moves the output for each unit of B's rate.
+    from_A: counts both terms with δA: how far B δA x + δB δA x move the output for each unit of A's rate times B's.
+    limit: how far the output may move in a step, above 0.
+    from_B, from_A ≥ 0. Where both are 0 no rate is too large: math.inf. Right to nine digits, also where `from_A` is tiny or 0.
     """
     raise NotImplementedError
 
 
-def balanced_rates(first: float, second: float, limit: float) -> tuple[float, float]:
-    """Two rates (lr_A, lr_B) with which each side does half of the work: first · lr_B = limit / 2 and second · lr_A · lr_B = limit / 2.
+def balanced_rates(from_B: float, from_A: float, limit: float) -> tuple[float, float]:
+    """Two rates (lr_A, lr_B) with which each side does half of the work: from_B · lr_B = limit / 2 and from_A · lr_A · lr_B = limit / 2.
 
-    first, second, limit as in widest_useful_rate, all above 0.
+    from_B, from_A, limit as in widest_useful_rate, all above 0.
     """
     raise NotImplementedError
 

@@ -33,27 +33,27 @@ def growth_exponent__normal_equations(widths: list[int], sizes: list[float]) -> 
     return torch.linalg.solve(line.T @ line, line.T @ up)[0].item()
 
 
-def widest_useful_rate__halving(first: float, second: float, limit: float) -> float:
+def widest_useful_rate__halving(from_B: float, from_A: float, limit: float) -> float:
     """No formula: the left side grows with η, so halve the interval."""
-    if first == second == 0:
+    if from_B == from_A == 0:
         return math.inf
     low, high = 0.0, 1.0
-    while first * high + second * high**2 <= limit:
+    while from_B * high + from_A * high**2 <= limit:
         high *= 2
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if first * middle + second * middle**2 <= limit else (low, middle)
+        low, high = (middle, high) if from_B * middle + from_A * middle**2 <= limit else (low, middle)
     return low
 
 
-def widest_useful_rate__hypot(first: float, second: float, limit: float) -> float:
-    root = math.hypot(first, 2 * math.sqrt(second * limit))
-    return limit / ((first + root) / 2) if root else math.inf
+def widest_useful_rate__hypot(from_B: float, from_A: float, limit: float) -> float:
+    root = math.hypot(from_B, 2 * math.sqrt(from_A * limit))
+    return limit / ((from_B + root) / 2) if root else math.inf
 
 
-def balanced_rates__B_first(first: float, second: float, limit: float) -> tuple[float, float]:
-    lr_B = limit / first / 2
-    return limit / (2 * second * lr_B), lr_B
+def balanced_rates__B_first(from_B: float, from_A: float, limit: float) -> tuple[float, float]:
+    lr_B = limit / from_B / 2
+    return limit / (2 * from_A * lr_B), lr_B
 
 
 def lora_plus_groups__a_group_for_each(model: nn.Module, lr: float, ratio: float, weight_decay: float = 0.0) -> list[dict]:

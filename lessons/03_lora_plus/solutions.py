@@ -20,16 +20,16 @@ def growth_exponent(widths: list[int], sizes: list[float]) -> float:
     return sum((u - middle) * math.log(size) for u, size in zip(across, sizes)) / sum((u - middle) ** 2 for u in across)
 
 
-def widest_useful_rate(first: float, second: float, limit: float) -> float:
-    """The positive root of second · η² + first · η - limit, written so that nothing cancels and second = 0 is no special case."""
-    if first == 0 and second == 0:
+def widest_useful_rate(from_B: float, from_A: float, limit: float) -> float:
+    """The positive root of from_A · η² + from_B · η - limit, written so that nothing cancels and from_A = 0 is no special case."""
+    if from_B == 0 and from_A == 0:
         return math.inf
-    return 2 * limit / (first + math.sqrt(first**2 + 4 * second * limit))
+    return 2 * limit / (from_B + math.sqrt(from_B**2 + 4 * from_A * limit))
 
 
-def balanced_rates(first: float, second: float, limit: float) -> tuple[float, float]:
-    """The first equation gives lr_B. The two left sides are equal, so first = second · lr_A: the limit has no part in A's rate."""
-    return first / second, limit / (2 * first)
+def balanced_rates(from_B: float, from_A: float, limit: float) -> tuple[float, float]:
+    """The first equation gives lr_B. The two left sides are equal, so from_B = from_A · lr_A: the limit has no part in A's rate."""
+    return from_B / from_A, limit / (2 * from_B)
 
 
 def lora_plus_groups(model: nn.Module, lr: float, ratio: float, weight_decay: float = 0.0) -> list[dict]:

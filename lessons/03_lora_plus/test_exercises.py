@@ -125,27 +125,27 @@ def test_exponent_of_few_points(growth_exponent, widths, sizes, want):
 CASES = [(3.0, 5.0, 0.25), (0.125, 40.0, 2.0), (6.0, 0.5, 0.75), (0.7, 3e4, 1.0)]
 
 
-@pytest.mark.parametrize("first, second, limit", CASES)
-def test_the_widest_rate_reaches_the_limit(widest_useful_rate, first, second, limit):
-    got = widest_useful_rate(first, second, limit)
-    root = math.sqrt(first**2 + 4 * second * limit)
-    want = (root - first) / (2 * second)
-    for wrong, name in ((limit / first, "second · η² is left out: A moves too"), (math.sqrt(limit / second), "first · η is left out: B moves A's old features"),
-                        (limit / (first + second), "the last two terms have both rates in them: second · η², not second · η"),
-                        (-(first + root) / (2 * second), "this is the negative root"), ((first + root) / (2 * second), "the sign of `first` is wrong: (-first + √…) / (2 second)"),
-                        ((root - first) / second, "divide by 2 · second"), (want / 2, "half of the right rate")):
+@pytest.mark.parametrize("from_B, from_A, limit", CASES)
+def test_the_widest_rate_reaches_the_limit(widest_useful_rate, from_B, from_A, limit):
+    got = widest_useful_rate(from_B, from_A, limit)
+    root = math.sqrt(from_B**2 + 4 * from_A * limit)
+    want = (root - from_B) / (2 * from_A)
+    for wrong, name in ((limit / from_B, "from_A · η² is left out: A moves too"), (math.sqrt(limit / from_A), "from_B · η is left out: B moves A's old features"),
+                        (limit / (from_B + from_A), "the last two terms have both rates in them: from_A · η², not from_A · η"),
+                        (-(from_B + root) / (2 * from_A), "this is the negative root"), ((from_B + root) / (2 * from_A), "the sign of `from_B` is wrong: (-from_B + √…) / (2 from_A)"),
+                        ((root - from_B) / from_A, "divide by 2 · from_A"), (want / 2, "half of the right rate")):
         assert not math.isclose(got, wrong, rel_tol=1e-9), name
-    moved = first * got + second * got**2
+    moved = from_B * got + from_A * got**2
     assert math.isclose(moved, limit, rel_tol=1e-9), f"at η = {got:.6g} the output moves by {moved:.6g}; the limit is {limit}"
 
 
-@pytest.mark.parametrize("first, second, limit, want", [(4.0, 0.0, 0.5, 0.125), (0.0, 4.0, 9.0, 1.5), (0.3, 0.0, 6.0, 20.0)])
-def test_the_widest_rate_where_one_side_stands_still(widest_useful_rate, first, second, limit, want):
+@pytest.mark.parametrize("from_B, from_A, limit, want", [(4.0, 0.0, 0.5, 0.125), (0.0, 4.0, 9.0, 1.5), (0.3, 0.0, 6.0, 20.0)])
+def test_the_widest_rate_where_one_side_stands_still(widest_useful_rate, from_B, from_A, limit, want):
     try:
-        got = widest_useful_rate(first, second, limit)
+        got = widest_useful_rate(from_B, from_A, limit)
     except ZeroDivisionError:
-        pytest.fail(f"first {first}, second {second}: a division by zero; second = 0 leaves first · η ≤ limit")
-    assert math.isclose(got, want, rel_tol=1e-9), f"first {first}, second {second}, limit {limit}: the largest rate is {want}, got {got}"
+        pytest.fail(f"from_B {from_B}, from_A {from_A}: a division by zero; from_A = 0 leaves from_B · η ≤ limit")
+    assert math.isclose(got, want, rel_tol=1e-9), f"from_B {from_B}, from_A {from_A}, limit {limit}: the largest rate is {want}, got {got}"
 
 
 @pytest.mark.parametrize("limit", [0.5, 3.0])
@@ -153,38 +153,38 @@ def test_no_rate_is_too_large_where_nothing_moves(widest_useful_rate, limit):
     try:
         got = widest_useful_rate(0.0, 0.0, limit)
     except ZeroDivisionError:
-        pytest.fail("first = second = 0: nothing moves, so no rate is too large: math.inf, not a division by zero")
-    assert got == math.inf, f"first = second = 0: nothing moves, so no rate is too large: math.inf, got {got}"
+        pytest.fail("from_B = from_A = 0: nothing moves, so no rate is too large: math.inf, not a division by zero")
+    assert got == math.inf, f"from_B = from_A = 0: nothing moves, so no rate is too large: math.inf, got {got}"
 
 
-@pytest.mark.parametrize("second", [1e-12, 1e-16, 1e-30])
-def test_the_widest_rate_loses_no_digits(widest_useful_rate, second):
-    got, want = widest_useful_rate(3.0, second, 0.5), 1 / 6              # second · η² is below the twelfth digit
+@pytest.mark.parametrize("from_A", [1e-12, 1e-16, 1e-30])
+def test_the_widest_rate_loses_no_digits(widest_useful_rate, from_A):
+    got, want = widest_useful_rate(3.0, from_A, 0.5), 1 / 6              # from_A · η² is below the twelfth digit
     assert math.isclose(got, want, rel_tol=1e-9), (
-        f"second = {second}: √(first² + 4 · second · limit) - first is a difference of near equals and loses its digits; multiply above and below by their sum. "
+        f"from_A = {from_A}: √(from_B² + 4 · from_A · limit) - from_B is a difference of near equals and loses its digits; multiply above and below by their sum. "
         f"{want:.12f} is wanted, got {got:.12f}")
 
 
 # balanced_rates
 
-@pytest.mark.parametrize("first, second, limit", CASES)
-def test_balanced_rates_share_the_work(balanced_rates, first, second, limit):
-    got = balanced_rates(first, second, limit)
+@pytest.mark.parametrize("from_B, from_A, limit", CASES)
+def test_balanced_rates_share_the_work(balanced_rates, from_B, from_A, limit):
+    got = balanced_rates(from_B, from_A, limit)
     assert isinstance(got, tuple) and len(got) == 2, f"two rates are wanted: (lr_A, lr_B), got {got!r}"
     lr_A, lr_B = got
-    want = (first / second, limit / (2 * first))
+    want = (from_B / from_A, limit / (2 * from_B))
     assert not (math.isclose(lr_A, want[1]) and math.isclose(lr_B, want[0])), "the two are in the wrong order: A's rate comes first"
-    assert not math.isclose(first * lr_B, limit), "each side moves the output by half of the limit; here the first term takes all of it"
-    assert math.isclose(first * lr_B, limit / 2, rel_tol=1e-9), f"first · lr_B is {first * lr_B:.6g}, and half of the limit is {limit / 2}"
-    assert math.isclose(second * lr_A * lr_B, limit / 2, rel_tol=1e-9), (
-        f"second · lr_A · lr_B is {second * lr_A * lr_B:.6g}, and half of the limit is {limit / 2}: A's rate is multiplied by B's")
+    assert not math.isclose(from_B * lr_B, limit), "each side moves the output by half of the limit; here the first term takes all of it"
+    assert math.isclose(from_B * lr_B, limit / 2, rel_tol=1e-9), f"from_B · lr_B is {from_B * lr_B:.6g}, and half of the limit is {limit / 2}"
+    assert math.isclose(from_A * lr_A * lr_B, limit / 2, rel_tol=1e-9), (
+        f"from_A · lr_A · lr_B is {from_A * lr_A * lr_B:.6g}, and half of the limit is {limit / 2}: A's rate is multiplied by B's")
 
 
 def test_the_ratio_grows_with_the_width(balanced_rates):
-    """second grows with the width, first does not: so lr_A falls as 1 / width, and lr_B stays."""
+    """from_A grows with the width, from_B does not: so lr_A falls as 1 / width, and lr_B stays."""
     narrow, wide = balanced_rates(0.6, 10.0, 0.5), balanced_rates(0.6, 640.0, 0.5)
-    assert math.isclose(wide[1], narrow[1], rel_tol=1e-9), "64 times the width in `second`: B's rate has no reason to change"
-    assert math.isclose(wide[0] * 64, narrow[0], rel_tol=1e-9), f"64 times the width in `second`: A's rate must be 64 times lower, {narrow[0]:.4g} became {wide[0]:.4g}"
+    assert math.isclose(wide[1], narrow[1], rel_tol=1e-9), "64 times the width in `from_A`: B's rate has no reason to change"
+    assert math.isclose(wide[0] * 64, narrow[0], rel_tol=1e-9), f"64 times the width in `from_A`: A's rate must be 64 times lower, {narrow[0]:.4g} became {wide[0]:.4g}"
 
 
 # lora_plus_groups and decay_where
@@ -329,10 +329,12 @@ PLUSES = [ml.LoRAPlus(rank=3, alpha=5.0, ratio=6.25), ml.LoRAPlus(rank=2, alpha=
 def name_of_alpha(plus, optimizer, alpha):
     """The mistake that gives this alpha, or nothing."""
     right = plus.alpha * (plus.ratio if optimizer == "adam" else math.sqrt(plus.ratio))
+    squared = ("you squared the ratio; under Adam k is the ratio itself" if optimizer == "adam"
+               else "you squared the ratio; wanted is the k with k² = ratio, so k = √ratio")
     for wrong, name in ((plus.alpha, "alpha is plus's own: then B is as slow as A"), (plus.alpha / plus.ratio, "alpha was divided by the ratio: B must be faster"),
                         (plus.alpha * plus.ratio, "SGD does not divide its step by the gradient's size: alpha · k makes B's rate k² times as high"),
                         (plus.alpha * math.sqrt(plus.ratio), "Adam divides its step by the gradient's size: alpha · k makes B's rate k times as high"),
-                        (plus.alpha * plus.ratio**2, "the ratio is squared"), (plus.alpha + plus.ratio, "alpha and ratio are added")):
+                        (plus.alpha * plus.ratio**2, squared), (plus.alpha + plus.ratio, "alpha and ratio are added")):
         if math.isclose(alpha, wrong) and not math.isclose(alpha, right):
             return name
     return ""

@@ -102,65 +102,65 @@ def growth_exponent__a_tensor(widths: list[int], sizes: list[float]) -> float:
 
 
 @provokes("A moves too")
-def widest_useful_rate__A_stands_still(first: float, second: float, limit: float) -> float:
-    return limit / first if first else math.inf
+def widest_useful_rate__A_stands_still(from_B: float, from_A: float, limit: float) -> float:
+    return limit / from_B if from_B else math.inf
 
 
 @provokes("B moves A's old features")
-def widest_useful_rate__only_the_last_terms(first: float, second: float, limit: float) -> float:
-    return math.sqrt(limit / second) if second else math.inf
+def widest_useful_rate__only_the_last_terms(from_B: float, from_A: float, limit: float) -> float:
+    return math.sqrt(limit / from_A) if from_A else math.inf
 
 
-@provokes("not second · η")
-def widest_useful_rate__linear(first: float, second: float, limit: float) -> float:
-    return limit / (first + second) if first + second else math.inf
+@provokes("not from_A · η")
+def widest_useful_rate__linear(from_B: float, from_A: float, limit: float) -> float:
+    return limit / (from_B + from_A) if from_B + from_A else math.inf
 
 
 @provokes("loses its digits")
-def widest_useful_rate__cancels(first: float, second: float, limit: float) -> float:
-    if second == 0:
-        return limit / first if first else math.inf
-    return (math.sqrt(first**2 + 4 * second * limit) - first) / (2 * second)
+def widest_useful_rate__cancels(from_B: float, from_A: float, limit: float) -> float:
+    if from_A == 0:
+        return limit / from_B if from_B else math.inf
+    return (math.sqrt(from_B**2 + 4 * from_A * limit) - from_B) / (2 * from_A)
 
 
 @provokes("a division by zero")
-def widest_useful_rate__divides_by_second(first: float, second: float, limit: float) -> float:
-    return (math.sqrt(first**2 + 4 * second * limit) - first) / (2 * second)
+def widest_useful_rate__divides_by_from_A(from_B: float, from_A: float, limit: float) -> float:
+    return (math.sqrt(from_B**2 + 4 * from_A * limit) - from_B) / (2 * from_A)
 
 
 @provokes("nothing moves, so no rate is too large")
-def widest_useful_rate__zero_where_nothing_moves(first: float, second: float, limit: float) -> float:
-    return 2 * limit / (first + math.sqrt(first**2 + 4 * second * limit)) if first or second else 0.0
+def widest_useful_rate__zero_where_nothing_moves(from_B: float, from_A: float, limit: float) -> float:
+    return 2 * limit / (from_B + math.sqrt(from_B**2 + 4 * from_A * limit)) if from_B or from_A else 0.0
 
 
-@provokes("divide by 2 · second")
-def widest_useful_rate__twice(first: float, second: float, limit: float) -> float:
-    return 4 * limit / (first + math.sqrt(first**2 + 4 * second * limit)) if first or second else math.inf
+@provokes("divide by 2 · from_A")
+def widest_useful_rate__twice(from_B: float, from_A: float, limit: float) -> float:
+    return 4 * limit / (from_B + math.sqrt(from_B**2 + 4 * from_A * limit)) if from_B or from_A else math.inf
 
 
 @provokes("this is the negative root")
-def widest_useful_rate__other_root(first: float, second: float, limit: float) -> float:
-    return -(first + math.sqrt(first**2 + 4 * second * limit)) / (2 * second) if second else math.inf
+def widest_useful_rate__other_root(from_B: float, from_A: float, limit: float) -> float:
+    return -(from_B + math.sqrt(from_B**2 + 4 * from_A * limit)) / (2 * from_A) if from_A else math.inf
 
 
 @provokes("A's rate comes first")
-def balanced_rates__swapped(first: float, second: float, limit: float) -> tuple[float, float]:
-    return limit / (2 * first), first / second
+def balanced_rates__swapped(from_B: float, from_A: float, limit: float) -> tuple[float, float]:
+    return limit / (2 * from_B), from_B / from_A
 
 
 @provokes("takes all of it")
-def balanced_rates__whole_limit(first: float, second: float, limit: float) -> tuple[float, float]:
-    return first / second, limit / first
+def balanced_rates__whole_limit(from_B: float, from_A: float, limit: float) -> tuple[float, float]:
+    return from_B / from_A, limit / from_B
 
 
 @provokes("A's rate is multiplied by B's")
-def balanced_rates__as_if_apart(first: float, second: float, limit: float) -> tuple[float, float]:
-    return limit / (2 * second), limit / (2 * first)
+def balanced_rates__as_if_apart(from_B: float, from_A: float, limit: float) -> tuple[float, float]:
+    return limit / (2 * from_A), limit / (2 * from_B)
 
 
 @provokes("A's rate must be 64 times lower")
-def balanced_rates__root_of_second(first: float, second: float, limit: float) -> tuple[float, float]:
-    return math.sqrt(limit / (2 * second)), limit / (2 * first)
+def balanced_rates__root_of_from_A(from_B: float, from_A: float, limit: float) -> tuple[float, float]:
+    return math.sqrt(limit / (2 * from_A)), limit / (2 * from_B)
 
 
 def _groups(model: nn.Module, fast: list, lr: float, ratio: float, weight_decay: float, vectors: float = 0.0) -> list[dict]:
@@ -272,9 +272,14 @@ def ratio_as_alpha__same_alpha(plus: LoRAPlus, optimizer: str) -> LoRA:
     return _plain(plus, plus.alpha, optimizer)
 
 
-@provokes("the ratio is squared")
+@provokes("wanted is the k with k² = ratio, so k = √ratio")
 def ratio_as_alpha__sgd_squared(plus: LoRAPlus, optimizer: str) -> LoRA:
     return _plain(plus, plus.alpha * (plus.ratio if optimizer == "adam" else plus.ratio**2), optimizer)
+
+
+@provokes("under Adam k is the ratio itself")
+def ratio_as_alpha__adam_squared(plus: LoRAPlus, optimizer: str) -> LoRA:
+    return _plain(plus, plus.alpha * (plus.ratio**2 if optimizer == "adam" else math.sqrt(plus.ratio)), optimizer)
 
 
 @provokes("dropout is plus's own")
