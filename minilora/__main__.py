@@ -19,7 +19,7 @@ import warnings
 from minilora import __version__
 from minilora.commands import compare, cost, finetune, generate, pretrain
 from minilora.commands.arguments import Parser
-from minilora.runs import stoppable
+from minilora.safety.runs import stoppable
 
 
 def main(arguments: list[str] | None = None) -> int:

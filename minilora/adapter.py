@@ -1,8 +1,8 @@
 """adapt(), merge(), unload(): the one place where a Linear is swapped for an adapter, and back.
 
 An adapter holds the frozen layer and adds to it: y = base(x) + delta(x). W is never touched, so taking the adapter away
-gives the model back bit for bit. A method (minilora/methods/) says which adapter to put on a layer; targets.py, which layers can
-carry one; watch.py notices where a loop trains something else than was meant.
+gives the model back bit for bit. A method (minilora/methods/) says which adapter to put on a layer; safety/targets.py, which
+layers can carry one; safety/watch.py notices where a loop trains something else than was meant.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from minilora import beside
-from minilora.targets import find_targets
-from minilora.watch import Watch, judge
+from minilora.safety import beside
+from minilora.safety.targets import find_targets
+from minilora.safety.watch import Watch, judge
 
 
 class Adapter(nn.Module):

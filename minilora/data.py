@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilora.encodings import not_utf8
+from minilora.safety.encodings import not_utf8
 
 # Within a slot every word has a first letter of its own, so that to repeat a word is to repeat one byte.
 PRONOUN = {name: "she" for name in "Anna Clara Emma Grace Iris Lucy Maria Nora Rosa Vera".split()}

@@ -22,11 +22,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from minilora import beside, configuration
 from minilora.adapter import Adapter, Method, adapters, install, swapped, unwrapped, without_adapters
-from minilora.configuration import PREFIX
 from minilora.formats import DTYPES, FORMATS, PEFT_TYPES, PEFTS_OWN, LoRAFormat
 from minilora.gpt import TinyGPT
+from minilora.safety import beside, configuration
+from minilora.safety.configuration import PREFIX
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFTS_COPIES = (".original_module.bias", ".modules_to_save.bias")     # bias = "all" makes PEFT write a saved module's bias three times

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from minilora import checks
 from minilora.adapter import Method, adapt, adapters, check_gradients, disabled, find_targets, put
 from minilora.data import placed
-from minilora.runs import Run, alone, saved_state, stoppable, tie, uninterrupted
+from minilora.safety.runs import Run, alone, saved_state, stoppable, tie, uninterrupted
 from minilora.storage import base_fingerprint
 
 with warnings.catch_warnings():    # in a notebook without ipywidgets tqdm falls back to text, and need not say so

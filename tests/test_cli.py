@@ -16,7 +16,8 @@ import torch
 from matplotlib.figure import Figure
 
 import minilora as ml
-from minilora import plots, runs, storage
+from minilora import plots, storage
+from minilora.safety import runs
 from minilora.evidence import capacity, claims, compare
 from minilora.__main__ import main
 from minilora.methods import METHODS

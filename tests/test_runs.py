@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import minilora as ml
-from minilora import runs, storage
+from minilora import storage
+from minilora.safety import runs
 from minilora.data import Batches, split_text
-from minilora.runs import alone, lock_of, stoppable, uninterrupted
+from minilora.safety.runs import alone, lock_of, stoppable, uninterrupted
 
 BATCHES = ml.data.facts(8).batches(1, 15)
 TEXT = "".join(f"Line {i} of the text says {i * i}.\n" for i in range(300)).encode()

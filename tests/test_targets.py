@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import minilora as ml
-from minilora.targets import PLAIN_FORWARDS
+from minilora.safety.targets import PLAIN_FORWARDS
 
 
 class Masked(nn.Linear):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import minilora as ml
-from minilora.watch import BY_HAND, LINES
+from minilora.safety.watch import BY_HAND, LINES
 
 METHODS = {
     "full": ml.FullFineTuning(), "LoRA": ml.LoRA(2), "LoRA+": ml.LoRAPlus(2, ratio=4), "LoRA-FA": ml.LoRAFA(2, projection=True), "VeRA": ml.VeRA(4),

@@ -17,7 +17,7 @@ from minilora.commands.arguments import layer_names, method_name, positive, whol
 from minilora.commands.folders import room
 from minilora.commands.models import MODEL, base_argument, byte_base, on_best_device
 from minilora.methods import METHODS, RATES, make_method
-from minilora.runs import lock_of
+from minilora.safety.runs import lock_of
 
 CHECKPOINT, HISTORY, PICTURE = "checkpoint.pt", "history.json", "loss.png"
 WRITTEN = (CHECKPOINT, MODEL, HISTORY, PICTURE, storage.CONFIG, storage.WEIGHTS)

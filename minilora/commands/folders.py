@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minilora.runs import alone
+from minilora.safety.runs import alone
 
 
 @contextmanager

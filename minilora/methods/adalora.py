@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from minilora import checks
 from minilora.adapter import Adapter, Method, adapters, add_product
 from minilora.methods.lora import check_rank, too_thin
-from minilora.watch import LINES
+from minilora.safety.watch import LINES
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from minilora import checks
 from minilora.adapter import adapters
 from minilora.data import placed
 from minilora.methods.lora import LoRA, LoRALinear
-from minilora.targets import kind
+from minilora.safety.targets import kind
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minilora.adapter import adapters, find_targets, put
 from minilora.quant.double import DoubleQuantized
 from minilora.quant.nf4 import NF4Tensor, quantize_nf4
-from minilora.targets import PLAIN_FORWARDS
+from minilora.safety.targets import PLAIN_FORWARDS
 
 
 class Product(torch.autograd.Function):

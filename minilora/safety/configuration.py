@@ -14,10 +14,10 @@ from pathlib import Path
 
 from torch import nn
 
-from minilora import beside
 from minilora.adapter import adapters
-from minilora.targets import check_targets, find_targets
 from minilora.formats import PEFT_TYPES
+from minilora.safety import beside
+from minilora.safety.targets import check_targets, find_targets
 
 PREFIX = "base_model.model."
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from minilora.targets import kind, listed
+from minilora.safety.targets import kind, listed
 
 LINES = {    # of a loop, by the method's hook
     "prepare": "method.prepare(model, batches, loss_fn, lr) before the loop",

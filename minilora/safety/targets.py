@@ -137,7 +137,7 @@ def _bypassed(linear: nn.Linear, inside_attention: set[int]) -> str:
     if type(linear).forward not in PLAIN_FORWARDS:
         name = type(linear).__name__
         return (f"{name} is an nn.Linear with a forward of its own, which need not be x Wᵀ + b. If it is, put an nn.Linear with its weight and "
-                f"bias in its place, or say so: minilora.targets.PLAIN_FORWARDS.add({name}.forward)")
+                f"bias in its place, or say so: minilora.safety.targets.PLAIN_FORWARDS.add({name}.forward)")
     return ""
 
 

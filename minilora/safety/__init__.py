@@ -1,0 +1,6 @@
+"""What keeps a mistake from going unnoticed: of no use to an idea, and of much to whoever trains a model of their own.
+
+    targets        which layers can carry an adapter          watch      a training loop in which a line is missing
+    beside         what is trained beside the adapters        runs       runs that are stopped, or write in one place
+    configuration  PEFT's rules for what is adapted           encodings  texts that are not UTF-8
+"""
