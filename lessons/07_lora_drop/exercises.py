@@ -27,7 +27,7 @@ def importance_shares(g: dict[str, float]) -> dict[str, float]:
 def share_until(shares: list[float], threshold: float) -> list[int]:
     """Which layers keep a pair of their own: the most important ones, as few as reach `threshold` together. Their indices, in ascending order.
 
-    Of two layers with equal shares the earlier one goes first. At threshold 1 all layers keep theirs, also one whose share is 0.
+    0 < threshold <= 1. Of two layers with equal shares the earlier one goes first. At threshold 1 all layers keep theirs, also one whose share is 0.
     """
     raise NotImplementedError
 
@@ -35,7 +35,7 @@ def share_until(shares: list[float], threshold: float) -> list[int]:
 def share_pair(layers: list[nn.Module], kept: list[int]) -> None:
     """Give all layers whose index is not in `kept` one and the same pair, in place: the A and the B of the first of them.
 
-    Each layer has parameters A and B. The same Parameter objects, no copies: an optimizer then sees the shared pair once.
+    All layers are of one shape, and each has parameters A and B. The same Parameter objects, no copies: an optimizer then sees the shared pair once.
     """
     raise NotImplementedError
 
@@ -59,7 +59,7 @@ def drop_count(kinds: list[tuple[int, int, int, int]], rank: int) -> int:
 def price_of_taking_out(model: nn.Module, names: list[str], evaluate: Callable[[nn.Module], float]) -> dict[str, float]:
     """What a layer's update is worth, measured: evaluate(model) with that one adapter out, minus evaluate(model) as it is. For each name.
 
-    The module of that dotted name is an adapter; its `.base` is the layer without the update. One is out at a time. Afterwards every adapter is in
-    its place again, the very same object, also where `evaluate` raised an error (which goes on to the caller).
+    The module of that dotted name is an adapter; its `.base` is the layer without the update. One is out at a time, in place: evaluate is given the model
+    itself, never a copy. Afterwards every adapter is in its place again, the very same object, also where `evaluate` raised an error (which goes on to the caller).
     """
     raise NotImplementedError

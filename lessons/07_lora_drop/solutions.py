@@ -50,7 +50,7 @@ def drop_count(kinds: list[tuple[int, int, int, int]], rank: int) -> int:
 
 
 def price_of_taking_out(model: nn.Module, names: list[str], evaluate: Callable[[nn.Module], float]) -> dict[str, float]:
-    """try … finally: whatever happens to the measurement, the patient wakes up whole."""
+    """In place, and try … finally: whatever happens to the measurement, the patient wakes up whole."""
     before, prices = evaluate(model), {}
     for name in names:
         parent, _, last = name.rpartition(".")

@@ -96,7 +96,7 @@ def test_shares_of_nothing_are_refused(importance_shares, g):
 def test_share_until_the_threshold_is_reached(share_until, shares, threshold, want, why):
     got = share_until(list(shares), threshold)
     assert isinstance(got, list), f"a list of indices is wanted, got {type(got).__name__}"
-    assert sorted(got) != sorted(set(range(len(shares))) - set(want)) or sorted(got) == want, "these are the layers that do not keep their pair"
+    assert len(set(shares)) < len(shares) or sorted(got) != sorted(set(range(len(shares))) - set(want)), "these are the layers that do not keep their pair"
     assert got == want or sorted(got) != want, f"ascending order is wanted: {want}, got {got}"
     assert got == want, f"{why}: shares {shares}, threshold {threshold} keep {want}, got {got}"
 
@@ -181,7 +181,9 @@ def test_count_of_own_pairs_and_a_shared_one(drop_count, kinds, rank, want, why)
     assert isinstance(got, int), f"a whole number is wanted, got {type(got).__name__}"
     total = sum(rank * (out + into) * kept for out, into, _, kept in kinds)
     assert got != total or got == want, "the shared pair is missing from the count"
-    assert got == want, f"{why}: {want:,}, got {got:,}"
+    product = sum(rank * out * into * min(kept + 1, layers) for out, into, layers, kept in kinds)
+    assert got != product or got == want, "a pair has rank · (out + in) numbers, not rank · out · in"
+    assert got == want, f"{want:,} numbers are wanted, got {got:,}: {why}"
 
 
 # price_of_taking_out
@@ -205,8 +207,14 @@ def small():
 def test_price_is_measured_one_by_one(price_of_taking_out, chosen):
     model, loss = small()
     names = [name for name, _ in ml.adapters(model)][chosen]
-    there, before = dict(ml.adapters(model)), loss(model)
-    got = price_of_taking_out(model, list(names), loss)
+    there, before, seen = dict(ml.adapters(model)), loss(model), []
+
+    def evaluate(given):
+        seen.append(given)
+        return loss(given)
+
+    got = price_of_taking_out(model, list(names), evaluate)
+    assert all(given is model for given in seen), "evaluate was given a copy: take the adapter out of the model itself, in place, and put it back"
     want = {}
     for name in names:
         silent = copy.deepcopy(model)
@@ -229,6 +237,7 @@ def test_price_of_a_top_level_layer(price_of_taking_out):
     got = price_of_taking_out(model, ["0"], lambda model: model(x).square().sum().item())
     with ml.disabled(model):
         without = model(x).square().sum().item()
+    assert not math.isclose(got["0"], model(x).square().sum().item() - without, rel_tol=1e-9), "the sign: a layer that is missed has a price above zero"
     assert math.isclose(got["0"], without - model(x).square().sum().item(), rel_tol=1e-9), "a name without a dot is a child of the model itself: get_submodule('')"
 
 

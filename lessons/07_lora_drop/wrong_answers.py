@@ -209,6 +209,17 @@ def price_of_taking_out__all_stay_out(model: nn.Module, names: list[str], evalua
     return prices
 
 
+@provokes("evaluate was given a copy")
+def price_of_taking_out__in_copies(model: nn.Module, names: list[str], evaluate: Callable[[nn.Module], float]) -> dict[str, float]:
+    before, prices = evaluate(model), {}
+    for name in names:
+        without = copy.deepcopy(model)
+        parent, _, last = name.rpartition(".")
+        setattr(without.get_submodule(parent), last, without.get_submodule(name).base)
+        prices[name] = evaluate(without) - before
+    return prices
+
+
 @provokes("try … finally")
 def price_of_taking_out__no_finally(model: nn.Module, names: list[str], evaluate: Callable[[nn.Module], float]) -> dict[str, float]:
     before, prices = evaluate(model), {}
