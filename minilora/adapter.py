@@ -30,7 +30,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.base = base
         self.method = method
-        self.watch = Watch(method.lines)
+        self.watch = Watch(method)
         # nn.TransformerEncoderLayer has a fused path that reads .weight and skips forward(); it stays off where any part has a hook.
         self.visible = nn.Identity()
         self.visible.register_forward_hook(_never_called)
@@ -111,7 +111,7 @@ class Method:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """The lines of that loop without which this would silently be another method."""
+        """The lines of that loop without which this would silently be another method. Its hooks tell each layer: layer.met("before_step")."""
         return ()
 
     def unfit(self, linear: nn.Linear) -> str:

@@ -217,6 +217,16 @@ def test_frozen_adapters_and_ordinary_checkpointing_are_no_fault():
     assert net.blocks[0].B.any() and not net.blocks[3].B.any()
 
 
+def test_a_subclass_that_writes_a_hook_anew_is_believed():
+    class Mine(ml.DeltaLoRA):
+        def before_step(self, model, step):
+            pass
+
+    run(Mine(2))
+    with pytest.raises(ValueError, match="Inherits is trained without method.before_step"):
+        run(type("Inherits", (ml.DeltaLoRA,), {})(2), without("before_step"))
+
+
 def test_a_hook_may_be_called_by_hand_before_anything_has_run():
     net = ml.adapt(Net(past), ml.DeltaLoRA(2))
     ml.DeltaLoRA(2).before_step(net, 0)
