@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,19 @@ def must_equal(got, want: Tensor, mistakes: dict[str, Tensor], what: str, rtol: 
     assert got.shape == want.shape, f"{what}: shape {tuple(want.shape)} is wanted, got {tuple(got.shape)}"
     worst = (got.double() - want.double()).abs().max().item() if got.numel() else 0.0
     assert torch.allclose(got.double(), want.double(), rtol=rtol, atol=atol), f"{what}: off by up to {worst:.3g}"
+
+
+class Sizes(TorchDispatchMode):
+    """Inside the block it notes how many numbers the largest tensor has that is made there. A view of what was there is not made."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        there = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        for t in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in there:
+                self.largest = max(self.largest, t.numel())
+        return result

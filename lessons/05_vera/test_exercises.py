@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import minilora as ml
-from lessons.expect import draw, must_equal
+from lessons.expect import Sizes, draw, must_equal
 
 CASES = [(7, 5, 2), (4, 9, 3), (3, 4, 11)]                              # out, in, rank: in the last one rank is more than both
 LEADS = [(), (3,), (2, 6)]
@@ -22,22 +22,6 @@ def layer(out, into, rank):
     """W, A, B, b, d."""
     shapes = (out, into), (rank, into), (out, rank), (out,), (rank,)
     return tuple(draw(*shape, seed=seed) for seed, shape in enumerate(shapes))
-
-
-class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes how large the tensors are that are made inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        there = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}          # a view of what was there is not made
-        for t in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in there:
-                self.largest = max(self.largest, t.numel())
-        return result
 
 
 # vera_count

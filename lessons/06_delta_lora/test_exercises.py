@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import minilora as ml
-from lessons.expect import draw, must_equal
+from lessons.expect import Sizes, draw, must_equal
 
 CASES = [(7, 5, 2, 3.0, 0.5), (4, 9, 3, 2.0, 1.75)]                     # out, in, rank, alpha, λ: s is 1.5, then 2/3
 each_case = pytest.mark.parametrize("out, into, rank, alpha, ratio", CASES)
@@ -16,22 +16,6 @@ def factors(out, into, rank, seed=0):
     """W, A_K, B_K, A, B."""
     shapes = ((out, into), (rank, into), (out, rank), (rank, into), (out, rank))
     return tuple(draw(*shape, seed=seed + i) for i, shape in enumerate(shapes))
-
-
-class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes how large the tensors are that are made inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        there = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}          # a view of what was there is not made
-        for t in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in there:
-                self.largest = max(self.largest, t.numel())
-        return result
 
 
 # literal_update

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import minilora as ml
-from lessons.expect import draw, must_equal
+from lessons.expect import Sizes, draw, must_equal
 
 CASES = [(7, 5, 2, 3.0), (4, 9, 3, 2.0)]                                # out, in, rank, alpha: s is 1.5, then 2/3
 each_case = pytest.mark.parametrize("out, into, rank, alpha", CASES)
@@ -37,20 +37,10 @@ def test_importance_is_what_the_update_says(output_importance, lead, out, into, 
 
 
 def test_importance_never_forms_dw(output_importance):
-    made = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            there = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
-            made.extend(t.numel() for t in (result if isinstance(result, (tuple, list)) else [result])
-                        if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in there)
-            return result
-
     x, A, B = draw(2, 900), draw(3, 900, seed=1), draw(800, 3, seed=2)
-    with Watch():
+    with Sizes() as made:
         output_importance(x, A, B, 0.5)
-    assert max(made) < 800 * 900 // 4, f"dW was formed, {max(made):,} numbers: multiply x by Aᵀ first, then by Bᵀ"
+    assert made.largest < 800 * 900 // 4, f"dW was formed, {made.largest:,} numbers: multiply x by Aᵀ first, then by Bᵀ"
 
 
 # importance_shares
