@@ -122,7 +122,7 @@ def mutant(dice, folders):
         config, weights = config, dice.choice(folders)[1]
     else:
         tensors, metadata = safetensors.torch.load(weights), parts(weights)[0]["__metadata__"]
-        key = dice.choice(list(tensors))
+        key = dice.choice(sorted(tensors))                # a file is read in no fixed order
         tensor = tensors.pop(key)
         new = dice.choice([
             lambda: {key: tensor.reshape(tensor.shape[::-1])}, lambda: {key: tensor[..., :-1].contiguous()}, lambda: {key: tensor * float(dice.choice(["nan", "inf", "-inf"]))},
@@ -154,7 +154,9 @@ def test_a_thousand_damaged_folders(folders, tmp_path):
             loaded += 1
             said, done = safetensors.torch.load(weights), safetensors.torch.load_file(ml.save_adapter(model, tmp_path / "again") / WEIGHTS)
             assert said.keys() == done.keys(), number
-            assert all(torch.equal(said[key].to(done[key].dtype), done[key]) for key in done), number
+            for key in done:                              # VeRA draws its projections anew; those of a file in 16 bits are the same numbers, rounded
+                rounded = key.startswith("base_model.vera_") and said[key].dtype in (torch.float16, torch.bfloat16)
+                assert torch.equal(said[key], done[key].to(said[key].dtype)) if rounded else torch.equal(said[key].to(done[key].dtype), done[key]), (number, key)
             if b"minilora" in weights:                # what is ours is as it was written, or refused
                 assert (json.loads(config), weights) in [(json.loads(c), w) for c, w in folders] or parts(weights)[1] in [parts(w)[1] for _, w in folders], number
             model = small()

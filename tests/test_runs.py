@@ -43,10 +43,20 @@ def interrupt():
     raise KeyboardInterrupt
 
 
+@pytest.fixture
+def heard():
+    """heard(number): that signal has its usual effect in this test, also where pytest was started with nohup, which ignores SIGHUP."""
+    before = {}
+    yield lambda number: before.update({number: signal.signal(number, signal.SIG_DFL)})
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_kill_and_a_closed_terminal_leave_a_checkpoint_and_the_run_ends_with_the_same_bits(name, tmp_path, capsys):
+def test_kill_and_a_closed_terminal_leave_a_checkpoint_and_the_run_ends_with_the_same_bits(name, tmp_path, capsys, heard):
     number, straight, again = getattr(signal, name), small(), small()
+    heard(number)
     expected = run(straight)
     with pytest.raises(SystemExit) as stop:
         run(small(), stopping(7, kill_by(number)), checkpoint=tmp_path / "c.pt")

@@ -120,7 +120,8 @@ def test_pair_is_one_and_the_same(share_pair, count, kept):
     first = rest[0]
     for i in rest:
         same = layers[i].A is layers[first].A and layers[i].B is layers[first].B
-        assert same or not torch.equal(layers[i].A, layers[first].A), "these are copies: equal today, apart after one step. Assign the Parameter itself"
+        copied = layers[i].A is not layers[first].A and torch.equal(layers[i].A, layers[first].A)
+        assert not copied, "these are copies: equal today, apart after one step. Assign the Parameter itself"
         assert same, f"layers {first} and {i} are to share both A and B"
     assert layers[first].A is before[first][0] and layers[first].B is before[first][1], "the shared pair is that of the first layer that is not kept"
     assert torch.equal(layers[first].A, before[first][2]) and torch.equal(layers[first].B, before[first][3]), "no number changes: only who holds which pair"
@@ -205,6 +206,7 @@ def test_price_is_measured_one_by_one(price_of_taking_out, chosen):
 
     got = price_of_taking_out(model, list(names), evaluate)
     assert all(given is model for given in seen), "evaluate was given a copy: take the adapter out of the model itself, in place, and put it back"
+    assert dict(ml.adapters(model)) == there, "the adapters are not all in their places afterwards: put each back before the next is taken out"
     want = {}
     for name in names:
         silent = copy.deepcopy(model)
@@ -212,7 +214,6 @@ def test_price_is_measured_one_by_one(price_of_taking_out, chosen):
             silent.get_submodule(name).B.zero_()
         want[name] = loss(silent) - before
     assert isinstance(got, dict) and set(got) == set(names), f"one price for each of the {len(names)} names, got {got!r:.60}"
-    assert dict(ml.adapters(model)) == there, "the adapters are not all in their places afterwards: put each back before the next is taken out"
     assert not all(math.isclose(got[name], want[name] + before, abs_tol=1e-12) for name in names), "this is the loss without it; the price is what that is more than before"
     assert not all(math.isclose(got[name], -want[name], abs_tol=1e-12) for name in names), "the sign: a layer that is missed has a price above zero"
     for name in names:
