@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from minilora import data, storage
+from minilora import data, formats, storage
 from minilora.adapter import Method, adapt, find_targets
 from minilora.gpt import TinyGPT, load_base
 from minilora.evidence.formulas import COSTS
@@ -89,6 +89,7 @@ class Entry:
         return adapt(self.model(base), self.way(steps), PARTS.get(self.only))
 
 
+@dataclass(frozen=True)
 class ZeroA(LoRA):
     """LoRA the other way round: A starts at zero and B random, U(±1/√rank). dW = s · B A starts at zero all the same."""
 
@@ -97,6 +98,9 @@ class ZeroA(LoRA):
         nn.init.kaiming_uniform_(layer.B, a=math.sqrt(5))
         nn.init.zeros_(layer.A)
         return layer
+
+
+formats.FORMATS[ZeroA] = formats.LoRAFormat()           # how it began is not on disk
 
 
 def entries(four_bits: bool = False) -> list[Entry]:
