@@ -14,15 +14,15 @@
 """
 
 import argparse
-import json
+import statistics
 import time
 from pathlib import Path
 
 import torch
 
-from minilora import data
-from minilora.evidence import capacity, claims, compare
+from minilora.evidence import claims, compare
 from minilora.evidence.compare import Entry, Results, Settings
+from minilora.evidence.scoreboard import paired, score_of, seeds_needed
 
 FOLDER = Path("runs/fight")
 SEEDS = 6                                  # by the pilot
@@ -79,6 +79,25 @@ STAGES = {
 }
 
 
+def publish() -> None:
+    """All stages but the pilot as one file, and what the pilot said."""
+    contents = [compare.read(file) for stage in STAGES if stage != "pilot" and (file := FOLDER / stage / "results.json").exists()]
+    whole = compare.joined(contents)
+    whole["about"]["pilot"] = {}
+    for steps in (200, 400, 800):
+        runs = compare.read(FOLDER / f"pilot-{steps}" / "results.json")["grid"]
+        for task in compare.TASKS:
+            scores = [score_of(runs, task, entry) for entry in (FULL, LORA)]
+            behind = paired(scores[1], scores[0])
+            about = whole["about"]["pilot"].setdefault(task, {})
+            about[f"{steps} steps"] = [round(score[PILOT_SEEDS[0]], 4) for score in scores]
+            if steps == 400:
+                about["deviation"] = round(statistics.stdev(behind), 4)
+                about["seeds"] = seeds_needed(about["deviation"], claims.MARGIN)
+    compare.write(compare.PUBLISHED, whole)
+    say(f"{compare.PUBLISHED}: {len(whole['runs'])} runs, {len(whole['search'])} of the search, {len(whole['grid'])} of grids, {whole['about']['cpu_seconds'] / 3600:.1f} CPU hours")
+
+
 def say(text: str) -> None:
     print(time.strftime("%H:%M:%S"), text, flush=True)
 
@@ -91,3 +110,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for stage in chosen.stages:
         STAGES[stage]()
+    if chosen.publish:
+        publish()

@@ -429,6 +429,17 @@ def test_a_run_that_diverges_is_a_record_and_not_a_crash(tmp_path, base):
     assert "diverged" in scoreboard.table(runs, "voice")
 
 
+def test_stages_of_one_fight_are_joined_and_of_two_are_refused():
+    def stage(task, **about):
+        return file_of(made_up("lora", [1.0], task=task)) | {"about": {"settings": {"steps": 1}, "versions": {}, "tasks": {task: "d"}, "cpu_seconds": 7} | about}
+
+    whole = compare.joined([stage("a"), stage("b")])
+    assert [run["task"] for run in whole["runs"]] == ["a", "b"] and whole["about"]["tasks"] == {"a": "d", "b": "d"} and whole["about"]["cpu_seconds"] == 14
+    for other in (stage("b", settings={"steps": 2}), stage("b", versions={"torch": "0"}), stage("a", tasks={"a": "e"})):
+        with pytest.raises(ValueError, match="not made"):
+            compare.joined([stage("a"), other])
+
+
 # What is made of it
 
 def made_up(method, values, task="t", base="fp32", **scores):

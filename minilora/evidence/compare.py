@@ -274,6 +274,23 @@ def write(path: Path, content: dict) -> bytes:
     return written
 
 
+def joined(contents: list[dict]) -> dict:
+    """Several results files of one fight as one. Raises ValueError where they do not belong together."""
+    first, whole = contents[0]["about"], {"about": {}, "search": [], "runs": [], "grid": []}
+    tasks = {}
+    for content in contents:
+        about = content["about"]
+        for what in ("settings", "versions"):
+            if about[what] != first[what]:
+                raise ValueError(f"these were not made with the same {what}: {first[what]} and {about[what]}")
+        for name, digest in about["tasks"].items():
+            if tasks.setdefault(name, digest) != digest:
+                raise ValueError(f"these were not made on the same data: {name!r} is not the same in all")
+        for part in ("search", "runs", "grid"):
+            whole[part] += content[part]
+    return whole | {"about": first | {"tasks": tasks, "cpu_seconds": sum(content["about"]["cpu_seconds"] for content in contents)}}
+
+
 def search(entry: Entry, name: str, task: data.Task, settings: Settings, results: Results) -> float:
     """The rate with the fewest bits per byte on the task for choosing. Five runs for each entry, whatever it is."""
     choosing = task.choosing()
