@@ -74,11 +74,11 @@ otherwise on a large model, both may be right. `python benchmarks/page.py` write
 
 ## How the fight was fought
 
-    .venv/bin/python benchmarks/fight.py {' '.join(stages)}
+    .venv/bin/python benchmarks/fight.py pilot {' '.join(stages)}
 
 {lines(f'- **{task}**: {TASKS[task]}.' for task in tasks)}
 
-**A run** is {settings['steps']} steps of {settings['rows']} windows of {settings['context']} bytes, for every method. {long_enough(pilot, tasks)}
+**A run** is {length(settings['steps'], tasks)} of {settings['rows']} windows of {settings['context']} bytes, for every method. {long_enough(pilot, tasks)}
 
 **Rates.** Each method has its own on each task. Five runs find it, by the same rule for all, on data that the report never sees.
 
@@ -138,6 +138,11 @@ def halves(content: dict, seeds: list[int]) -> tuple[int, int]:
     decided = [key for key, verdict in first.items() if verdict.says != "open" and not CLAIM[key[0]].exact and key in second]
     opposite = {"shown": "contradicted", "contradicted": "shown"}
     return sum(second[key].says != opposite[first[key].says] for key in decided), len(decided)
+
+
+def length(steps: dict[str, int], tasks: list[str]) -> str:
+    usual = statistics.mode(steps[task] for task in tasks)
+    return ", ".join([f"{usual} steps", *(f"on {task} {steps[task]}" for task in tasks if steps[task] != usual)])
 
 
 def long_enough(pilot: dict, tasks: list[str]) -> str:

@@ -435,7 +435,8 @@ def test_stages_of_one_fight_are_joined_and_of_two_are_refused():
 
     whole = compare.joined([stage("a"), stage("b")])
     assert [run["task"] for run in whole["runs"]] == ["a", "b"] and whole["about"]["tasks"] == {"a": "d", "b": "d"} and whole["about"]["cpu_seconds"] == 14
-    for other in (stage("b", settings={"steps": 2}), stage("b", versions={"torch": "0"}), stage("a", tasks={"a": "e"})):
+    assert compare.joined([stage("a"), stage("b", settings={"steps": 2})])["about"]["settings"] == {"steps": {"a": 1, "b": 2}}
+    for other in (stage("b", settings={"steps": 1, "rows": 2}), stage("b", versions={"torch": "0"}), stage("a", tasks={"a": "e"}), stage("a", settings={"steps": 2})):
         with pytest.raises(ValueError, match="not made"):
             compare.joined([stage("a"), other])
 

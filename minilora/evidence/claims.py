@@ -34,7 +34,8 @@ FULL, LORA, LORA_NF4 = Entry("full"), Entry("lora"), Entry("lora", "nf4")
 LOW, HIGH, HIGH_RS, HALF = Entry("lora", rank=1), Entry("lora", rank=64), Entry("rslora", rank=64), Entry("dora", rank=4)
 SMALLER = Entry("adalora", rank=5)
 LINEUP = (LOW, HIGH, HIGH_RS, HALF, SMALLER, LORA_NF4)          # what the claims need beyond compare's own entries
-PUBLISHED_LINEUP = list(dict.fromkeys([FULL, LORA, LOW, HIGH, HIGH_RS, *entries(), *LINEUP]))
+PRESETS = [Entry("rslora"), Entry("qlora", "nf4"), Entry("qpissa", "nf4")]                       # which no claim is about
+PUBLISHED_LINEUP = [entry for entry in dict.fromkeys([FULL, LORA, LOW, HIGH, HIGH_RS, *entries(), *LINEUP]) if entry not in PRESETS]
 ATTENTION, MLP = Entry("lora", rank=10, only="attention"), Entry("lora", only="mlp")             # 40,960 trained parameters each
 ZERO_A = Entry("lora", zero="A")
 FULL_LARGE, LORA_LARGE = Entry("full", rows=64), Entry("lora", rows=64)

@@ -275,20 +275,21 @@ def write(path: Path, content: dict) -> bytes:
 
 
 def joined(contents: list[dict]) -> dict:
-    """Several results files of one fight as one. Raises ValueError where they do not belong together."""
+    """Several results files of one fight as one; a task may have its own number of steps. Raises ValueError where they do not belong together."""
     first, whole = contents[0]["about"], {"about": {}, "search": [], "runs": [], "grid": []}
-    tasks = {}
+    tasks, steps = {}, {}
     for content in contents:
         about = content["about"]
-        for what in ("settings", "versions"):
-            if about[what] != first[what]:
-                raise ValueError(f"these were not made with the same {what}: {first[what]} and {about[what]}")
+        for what, one, other in (("settings", first["settings"] | {"steps": 0}, about["settings"] | {"steps": 0}), ("versions", first["versions"], about["versions"])):
+            if one != other:
+                raise ValueError(f"these were not made with the same {what}: {one} and {other}")
         for name, digest in about["tasks"].items():
-            if tasks.setdefault(name, digest) != digest:
-                raise ValueError(f"these were not made on the same data: {name!r} is not the same in all")
+            if tasks.setdefault(name, digest) != digest or steps.setdefault(name, about["settings"]["steps"]) != about["settings"]["steps"]:
+                raise ValueError(f"these were not made on the same data and steps: {name!r} is not the same in all")
         for part in ("search", "runs", "grid"):
             whole[part] += content[part]
-    return whole | {"about": first | {"tasks": tasks, "cpu_seconds": sum(content["about"]["cpu_seconds"] for content in contents)}}
+    settings = first["settings"] | {"steps": steps}
+    return whole | {"about": first | {"settings": settings, "tasks": tasks, "cpu_seconds": sum(content["about"]["cpu_seconds"] for content in contents)}}
 
 
 def search(entry: Entry, name: str, task: data.Task, settings: Settings, results: Results) -> float:
