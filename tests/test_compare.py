@@ -597,6 +597,9 @@ def test_intruders_are_counted_and_go_with_forgetting_or_do_not():
     found = claims.goes_with_forgetting(file_of(runs), "t")
     assert found[:2] == pytest.approx([1.0, -1.0]) and math.isnan(found[2])
     assert claims.goes_with_forgetting(file_of(runs[:6]), "t") == []
+    for run in runs:
+        run["scores"]["intruders"] = None                          # not counted, or diverged
+    assert all(math.isnan(value) for value in claims.goes_with_forgetting(file_of(runs), "t"))
 
 
 def test_speed_is_how_much_sooner_one_is_where_both_get():

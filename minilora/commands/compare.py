@@ -67,7 +67,7 @@ def run_compare(args: argparse.Namespace) -> int:
     if args.quick:
         print("\nA first look and no ranking: few runs, short ones, at rates that were found for longer ones. Without --quick each finds its own.")
     if args.claims:
-        print(f"\n{claims.report({"runs": runs, "grid": []})}")
+        print("\n" + claims.report({"runs": runs, "grid": []}))
     print(f"\nin {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
     return 0
 

@@ -210,7 +210,7 @@ def goes_with_forgetting(content: dict, task: str) -> list[float]:
     for seed in sorted(set.intersection(*map(set, counted))) if len(lineup) > 4 else ():
         pairs = [(a[seed], b[seed]) for a, b in zip(counted, lost) if math.isfinite(a[seed]) and math.isfinite(b[seed])]
         ranks = [*map(_ranks, zip(*pairs))]
-        found.append(float(np.corrcoef(*ranks)[0, 1]) if all(len({*values}) > 1 for values in ranks) else math.nan)
+        found.append(float(np.corrcoef(*ranks)[0, 1]) if len(pairs) > 4 and all(len({*values}) > 1 for values in ranks) else math.nan)
     return found
 
 

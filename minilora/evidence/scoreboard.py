@@ -87,7 +87,7 @@ def student_tail(t: float, freedom: int) -> float:
 
 def of(runs: list[dict], task: str, entry: Entry) -> Iterator[dict]:
     """The runs of one entry."""
-    return (run for run in runs if run["task"] == task and Entry.of(run) == entry)
+    return (run for run in runs if run["task"] == task and run["method"] == entry.method and run["rank"] == entry.rank and Entry.of(run) == entry)
 
 
 def entries_of(runs: list[dict], task: str) -> list[Entry]:
