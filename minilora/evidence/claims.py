@@ -35,7 +35,8 @@ LOW, HIGH, HIGH_RS, HALF = Entry("lora", rank=1), Entry("lora", rank=64), Entry(
 SMALLER = Entry("adalora", rank=5)
 LINEUP = (LOW, HIGH, HIGH_RS, HALF, SMALLER, LORA_NF4)          # what the claims need beyond compare's own entries
 PRESETS = [Entry("rslora"), Entry("qlora", "nf4"), Entry("qpissa", "nf4")]                       # which no claim is about
-PUBLISHED_LINEUP = [entry for entry in dict.fromkeys([FULL, LORA, LOW, HIGH, HIGH_RS, *entries(), *LINEUP]) if entry not in PRESETS]
+FIRST = [FULL, LORA, LOW, HIGH, Entry("vera"), Entry("lora-plus"), LORA_NF4, Entry("adalora"), HALF, HIGH_RS, Entry("pissa")]
+PUBLISHED_LINEUP = [entry for entry in dict.fromkeys([*FIRST, *entries(), *LINEUP]) if entry not in PRESETS]
 ATTENTION, MLP = Entry("lora", rank=10, only="attention"), Entry("lora", only="mlp")             # 40,960 trained parameters each
 ZERO_A = Entry("lora", zero="A")
 FULL_LARGE, LORA_LARGE = Entry("full", rows=64), Entry("lora", rows=64)
