@@ -68,9 +68,10 @@ def on_healthy(room: str, error: BaseException | None, file: str) -> str:
         return NOT_SOLVED
     if isinstance(error, pytest.skip.Exception):
         return "it is skipped, which is no verdict"
+    verb = "fails" if isinstance(error, AssertionError | pytest.fail.Exception) else "stops"
     if room == "exhibits":
-        return f"it fails on the healthy code, which keeps its promise{told(error, file)}"
-    return f"it fails on the storeroom's healthy code, the same promise kept in another way: test what the code does, not how{told(error, file)}"
+        return f"it {verb} on the healthy code, which keeps its promise{told(error, file)}"
+    return f"it {verb} on the storeroom's healthy code, the same promise kept in another way: test what the code does, not how{told(error, file)}"
 
 
 def on_sick(room: str, error: BaseException | None, file: str) -> str:

@@ -4,12 +4,18 @@ import pytest
 
 from lessons import NOT_SOLVED, first_hint
 from lessons.bug_museum import NAMES
+from lessons.conftest import SAME_AGAIN
+
+unreadable = pytest.StashKey[bool]()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """A stub is shown as what it is, without a page of its own."""
     report = yield
+    if call.when == "setup" and report.failed:           # the file cannot be read: said once
+        report.outcome_word = SAME_AGAIN if item.session.stash.get(unreadable, False) else None
+        item.session.stash[unreadable] = True
     if call.when == "call" and not report.skipped:
         report.exhibit = item.callspec.params["name"]
         item.user_properties.append(("answer", report.exhibit))

@@ -8,14 +8,20 @@ from lessons.conftest import load_file
 KINDS = ("exercises", "solutions", "committed")          # the museum has no other files of answers
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_exhibit(request, name):
+@pytest.fixture(scope="module")
+def written(request):
+    """The file of tests, read once."""
     kind = request.config.getoption("--answers")
     if kind not in KINDS:
         pytest.skip("no such answers in the museum")
-    written = getattr(load_file(HERE, kind), f"test_{name}", None)
-    if written is None:
-        pytest.fail(f"{kind}.py of the museum defines no test_{name}", pytrace=False)
-    verdict = judge(written, name)
+    return load_file(HERE, kind)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exhibit(written, name):
+    test = getattr(written, f"test_{name}", None)
+    if test is None:
+        pytest.fail(f"{written.__file__} defines no test_{name}", pytrace=False)
+    verdict = judge(test, name)
     if verdict:
         pytest.fail(verdict, pytrace=False)

@@ -4,10 +4,13 @@ Shown = piece("exhibits", "07_saved_empty").Healthy
 
 
 class Healthy(Shown):
-    """Saves the base as well. Large, and right."""
+    """Other names on disk than in the layer, and load() knows it."""
 
     def save(self):
-        return {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        return {f"adapter.{name}.weight": tensor for name, tensor in super().save().items()}
+
+    def load(self, saved):
+        return super().load({name.split(".")[1]: tensor for name, tensor in saved.items()})
 
 
 class Sick(Shown):

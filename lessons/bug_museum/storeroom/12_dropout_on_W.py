@@ -10,7 +10,10 @@ class Healthy(Shown):
     """A mask made by hand."""
 
     def drop(self, x):
-        return x * (torch.rand_like(x) >= self.dropout) / (1 - self.dropout) if self.training else x
+        if not self.training:
+            return x
+        kept = torch.rand_like(x) >= self.dropout
+        return torch.where(kept, x / (1 - self.dropout if self.dropout < 1 else 1), 0.0)
 
 
 class Sick(Shown):
