@@ -17,7 +17,7 @@ from lessons.bug_museum import HERE, NAMES, code, judge, outcome, piece
 from lessons.conftest import load_file
 
 ROOT = Path(lessons.__file__).parent.parent
-SOLUTIONS, WRONG = load_file(HERE, "solutions"), load_file(HERE, "wrong_answers")
+SOLUTIONS, WRONG, RIGHT = (load_file(HERE, kind) for kind in ("solutions", "wrong_answers", "right_answers"))
 ROWS = re.findall(r"^\| \[(\d\d)\]\(exhibits/(\w+)\.py\) (.+?) \| (.+?) \| (.+?) \| (.+?) \| (\d+) \|$", (HERE / "README.md").read_text(encoding="utf-8"), flags=re.M)
 
 each_exhibit = pytest.mark.parametrize("name", NAMES)
@@ -124,8 +124,9 @@ def test_what_looks_like_a_test_gets_its_answer(wrong):
     assert name in NAMES and test.provokes in judge(test, name)
 
 
-def test_each_exhibit_has_a_wrong_test():
-    assert {name.partition("__")[0] for name in vars(WRONG) if name.startswith("test_")} == {f"test_{name}" for name in NAMES}
+def test_each_exhibit_has_a_wrong_test_and_a_further_right_one():
+    for module in (WRONG, RIGHT):
+        assert {name.partition("__")[0] for name in vars(module) if name.startswith("test_")} == {f"test_{name}" for name in NAMES}
 
 
 @each_exhibit
@@ -172,3 +173,8 @@ def test_a_plain_pytest_says_not_solved_yet_and_what_is_next():
     committed()
     said = run("--answers=committed")
     assert f"20 {lessons.NOT_SOLVED}" in said and "Error" not in said
+
+
+@pytest.mark.parametrize("right", [name for name in vars(RIGHT) if name.startswith("test_")])
+def test_what_is_right_in_another_way_is_let_through(right):
+    assert judge(getattr(RIGHT, right), right.partition("__")[0].removeprefix("test_")) == ""
