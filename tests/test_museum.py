@@ -55,11 +55,11 @@ def test_neither_piece_is_called_what_it_is(room, name):
 
 
 @each_exhibit
-def test_a_given_test_tells_healthy_from_sick_at_many_seeds(name):
+def test_a_given_test_tells_healthy_from_sick_at_further_seeds(name):
     test = getattr(SOLUTIONS, f"test_{name}")
     assert judge(test, name) == ""
     for room in ("exhibits", "storeroom"):
-        for seed in range(2, 6):
+        for seed in (2, 3):
             assert outcome(test, code(room, name, "healthy"), seed) is None
             assert isinstance(outcome(test, code(room, name, "sick"), seed), AssertionError)
 

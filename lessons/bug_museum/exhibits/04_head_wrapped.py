@@ -45,8 +45,8 @@ class Sick(Healthy):
 def cost():
     def accuracy(kind):
         torch.manual_seed(0)
-        x, net = torch.randn(300, 20), kind(20, 40, classes=10, rank=1)
-        y = (x @ torch.randn(20, 10)).argmax(-1)
+        x, net = torch.randn(300, 20).double(), kind(20, 40, classes=10, rank=1).double()
+        y = (x @ torch.randn(20, 10).double()).argmax(-1)
         optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.03)
         for _ in range(100):
             F.cross_entropy(net(x), y).backward()

@@ -41,11 +41,11 @@ class Sick(Healthy):
 
 def cost():
     torch.manual_seed(0)
-    x, model = torch.randn(300, 12), Sick(12, classes=4, rank=2)
-    y = (x @ torch.randn(12, 4)).argmax(-1)
+    x, model = torch.randn(300, 12).double(), Sick(12, classes=4, rank=2).double()
+    y = (x @ torch.randn(12, 4).double()).argmax(-1)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.08)
     for _ in range(100):
         F.cross_entropy(model(x), y).backward()
         optimizer.step(), optimizer.zero_grad()
-    right = [(each(x).argmax(-1) == y).double().mean() for each in (model, Sick(12, classes=4, rank=2).load(model.save()))]
+    right = [(each(x).argmax(-1) == y).double().mean() for each in (model, Sick(12, classes=4, rank=2).double().load(model.save()))]
     return f"{right[0]:.0%} right when saved, {right[1]:.0%} when loaded, with four classes to choose from"

@@ -52,4 +52,4 @@ def cost():
     saved = first.save()
     there = saved["W"]
     step = [(run.train(1).W - there).norm().item() for run in (Sick().load(saved), first)]
-    return f"the first step after the break is {step[0] / step[1]:.1f} times as long as the one it stands for"
+    return f"the first step after the break is {step[0] / step[1]:.0f} times as long as the one it stands for"
