@@ -90,6 +90,8 @@ def test_levels_are_quantiles_with_a_zero_among_them(normal_levels, p, bits):
     if got.shape == want.shape and torch.allclose(got.double().sort().values, want, atol=1e-6):
         assert torch.allclose(got.double(), want, atol=1e-6), "the levels are right and not ascending: sort them"
         assert got.dtype == torch.float64, f"float64 is wanted, got {got.dtype}"
+        off = (got - want).abs().max().item()
+        assert off < 1e-9, f"the levels are off by {off:.1g}, as float32 rounds: take the quantiles in float64 from the first step on"
     must_equal(got, want, {
         "they are not divided by the largest: it has to be 1": want * NormalDist().inv_cdf(p),
         "the larger half is below 0: NF4 has one level more above": -want.flip(0),
@@ -113,7 +115,7 @@ def test_levels_are_nf4s(normal_levels):
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 6), (5, 64)])
 def test_codes_are_the_nearest_levels(quantize_block, shape, table):
     levels, w = TABLES[table], 3 * draw(*shape)
-    w.view(-1, shape[-1])[0] *= 0.01                                     # blocks of very different size
+    w.view(-1, shape[-1])[0] *= 1e-30                                    # blocks of very different size
     w.view(-1, shape[-1])[-1, 1] = -30.0                                 # in the last block the largest is negative
     got = quantize_block(w, levels)
     is_whole(got, ("codes", "scales"))
@@ -134,6 +136,8 @@ def test_codes_are_the_nearest_levels(quantize_block, shape, table):
         "this is the level below, not the nearest: count the middles between levels": below,
         "this is the level above, not the nearest: count the middles between levels": torch.searchsorted(levels, v),
         "the levels were compared with w itself: divide by the scale first": nearest(w, levels),
+        "an epsilon beside the scale, or in its place, swallows a small block: divide by the scale itself": nearest(w / want[..., None].clamp_min(1e-12), levels),
+        "NF4's levels, whatever `levels` says": nearest(v, NF4),
         "the codes are counted from above: code 0 is the level -1": len(levels) - 1 - nearest(v, levels),
         "the codes are those of equal steps from -1 to 1": ((v + 1) / 2 * (len(levels) - 1)).round(),
     }, f"codes of w of shape {shape}, {table}")
@@ -339,6 +343,15 @@ def test_scales_that_are_all_alike(double_quantize, scale):
     zero = MAP.tolist().index(0)
     assert offset == scale and absmax.tolist() == [0, 0, 0], f"7 scales of {scale}: offset {scale} and absmax 0, 0, 0 are wanted, got {offset.item()} and {absmax.tolist()}"
     assert codes.tolist() == [zero] * 7, f"where every d is 0 the code is that of the 0, {zero}; you have {codes.tolist()}: 0 / 0 is not a number"
+
+
+def test_small_scales_have_the_same_codes(double_quantize):
+    """All times 2^-80, which rounds nothing: an epsilon in the division would be larger than every scale here."""
+    scales = scales_of(10)
+    got, want = double_quantize(scales * 2.0**-80, MAP, 4), double_quantize(scales, MAP, 4)
+    is_whole(got, ("codes", "absmax", "offset"))
+    must_be(got[0], want[0], {}, "codes of scales that are all 2^-80 times as large: divide by absmax itself, without an epsilon")
+    assert torch.equal(got[1] * 2.0**80, want[1]) and torch.equal(got[2] * 2.0**80, want[2]), "absmax and offset are 2^-80 times as large, without an epsilon"
 
 
 def test_a_block_whose_largest_is_one(double_quantize):

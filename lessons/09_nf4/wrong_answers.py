@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lessons import provokes
+from minilora.quant.nf4 import LEVELS
 
 Q = torch.special.ndtri
 
@@ -66,6 +67,13 @@ def normal_levels__equal_steps(p: float, bits: int) -> Tensor:
     return torch.cat([torch.linspace(-1, 0, half, dtype=torch.float64)[:-1], torch.linspace(0, 1, half + 1, dtype=torch.float64)])
 
 
+@provokes("as float32 rounds")
+def normal_levels__quantiles_in_float32(p: float, bits: int) -> Tensor:
+    half = 2 ** (bits - 1)
+    above, below = (Q(torch.linspace(0.5, p, n)).double() for n in (half + 1, half))
+    return torch.cat([-below.flip(0)[:-1], above]) / above[-1]
+
+
 @provokes("not ascending")
 def normal_levels__not_sorted(p: float, bits: int) -> Tensor:
     half = 2 ** (bits - 1)
@@ -112,6 +120,17 @@ def quantize_block__standard_deviation(w: Tensor, levels: Tensor) -> tuple[Tenso
 def quantize_block__zeros_forgotten(w: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     scales = w.abs().amax(dim=-1)
     return torch.bucketize(w / scales[..., None], (levels[:-1] + levels[1:]) / 2).to(torch.uint8), scales
+
+
+@provokes("swallows a small block")
+def quantize_block__epsilon(w: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    scales = w.abs().amax(dim=-1)
+    return torch.bucketize(w / (scales + 1e-12)[..., None], (levels[:-1] + levels[1:]) / 2).to(torch.uint8), scales
+
+
+@provokes("NF4's levels, whatever")
+def quantize_block__nf4_written_in(w: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    return _quantized(w, LEVELS.to(w.dtype), w.abs().amax(dim=-1))
 
 
 @provokes("a block of zeros has scale 0")
@@ -260,6 +279,13 @@ def _doubly(scales: Tensor, table: Tensor, size: int, offset: Tensor) -> tuple[T
 @provokes("no offset is taken off")
 def double_quantize__no_offset(scales: Tensor, table: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return _doubly(scales, table, size, torch.tensor(0.0))
+
+
+@provokes("without an epsilon")
+def double_quantize__epsilon(scales: Tensor, table: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    _, absmax, offset = _doubly(scales, table, size, scales.double().mean().float())
+    v = (scales - offset) / (absmax + 1e-8).repeat_interleave(size)[:len(scales)]
+    return torch.bucketize(v, (table[:-1] + table[1:]) / 2).to(torch.uint8), absmax, offset
 
 
 @provokes("in float32 the sum is rounded")
