@@ -33,9 +33,9 @@ def must_be(got, want, mistakes, what):
         assert torch.equal(want.long(), wrong.long()) or not torch.equal(got.long(), wrong.long()), f"{name} ({what})"
     assert got.shape == want.shape, f"{what}: shape {tuple(want.shape)} is wanted, got {tuple(got.shape)}"
     different = (got.long() != want.long()).flatten().nonzero().flatten().tolist()
-    assert not different, (f"{what}: {len(different)} of {want.numel()} differ, first at {different[0]}: {want.flatten()[different[0]]} is wanted, "
-                           f"got {got.flatten()[different[0]]}")
-    assert got.dtype == torch.uint8, f"{what}: uint8 is wanted, a byte each; got {got.dtype}"
+    assert not different, (f"{len(different)} of {want.numel()} differ, first at {different[0]}: {want.flatten()[different[0]]} is wanted, "
+                           f"got {got.flatten()[different[0]]} ({what})")
+    assert got.dtype == torch.uint8, f"uint8 is wanted, a byte each; got {got.dtype} ({what})"
 
 
 def nearest(v, levels):
