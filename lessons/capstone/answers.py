@@ -1,5 +1,6 @@
 """Whose answers the capstone runs on: those that its script calls, judged by their lessons' own tests before anything is trained."""
 
+import json
 import re
 import traceback
 from collections import defaultdict
@@ -13,6 +14,7 @@ import pytest
 from lessons import LESSONS, NOT_SOLVED, exercises, surroundings_kept
 
 SCRIPT = Path(__file__).with_name("finetune.py")
+RUNS, REPORT = LESSONS.parent / "runs", "capstone.json"      # where a run leaves its report: RUNS/<any name>/REPORT
 
 
 class NotReady(Exception):
@@ -24,6 +26,17 @@ def needed() -> dict[str, list[str]]:
     called = set(re.findall(r"\bmy\.(\w+)\(", SCRIPT.read_text(encoding="utf-8")))
     found = {lesson: [name for name in names if name in called] for lesson, names in exercises().items()}
     return {lesson: names for lesson, names in found.items() if names}
+
+
+def board_line(solved: set[str]) -> str:
+    """The capstone on the progress board: how many of its answers are there, and whether it was run with them."""
+    wanted = [(lesson, name) for lesson, names in needed().items() for name in names]
+    todo = [(lesson, name) for lesson, name in wanted if name not in solved]
+    if done := sorted(report.parent for report in RUNS.glob(f"*/{REPORT}") if json.loads(report.read_text(encoding="utf-8"))["answers"] == "exercises"):
+        return f"done: runs/{done[0].name}"
+    if todo:
+        return f"your answers to {len(wanted) - len(todo)} of {len(wanted)} needed exercises are there; next: {todo[0][1]} ({todo[0][0]})"
+    return f"ready: all {len(wanted)} answers are there. .venv/bin/python lessons/capstone/finetune.py my.txt"
 
 
 def own_answers(kind: str) -> SimpleNamespace:

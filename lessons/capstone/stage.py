@@ -10,30 +10,31 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
 
 import minilora as ml
-from lessons import LESSONS, say
-from lessons.capstone.answers import NotReady, blamed, own_answers
+from lessons import say
+from lessons.capstone.answers import REPORT, RUNS, NotReady, blamed, own_answers
 from lessons.capstone.card import card
 from minilora.commands.folders import room
 from minilora.safety.runs import stoppable, uninterrupted
-from minilora.storage import CONFIG, WEIGHTS, save_model
+from minilora.storage import CONFIG, WEIGHTS, base_fingerprint, save_model
 
-REPORT, PICTURE, MERGED = "capstone.json", "capstone.png", "model.safetensors"
+PICTURE, MERGED = "capstone.png", "model.safetensors"
 NEW = ".new"                                       # the folder in --out that holds everything until the end
 CLOSE = 1e-5                                       # of the largest logit; float32 has steps of 1.2e-7
 
 
-def perform(finetune: Callable) -> None:
+def perform(finetune: Callable, words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Your answers to the lessons, put together, fine-tune the tiny GPT on a text of yours.")
     parser.add_argument("text", nargs="?", type=Path, default=Path(ml.__file__).with_name("gpt.py"), help="any UTF-8 file (default: the tiny GPT's own source)")
-    parser.add_argument("--out", type=Path, default=LESSONS.parent / "runs" / "capstone", metavar="DIR", help="where the adapter goes (default: runs/capstone)")
+    parser.add_argument("--out", type=Path, default=RUNS / "capstone", metavar="DIR", help="where the adapter goes (default: runs/capstone)")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--answers", choices=["exercises", "solutions"], default="exercises", help="yours, or the worked ones")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.steps < 1:
         parser.error("--steps: at least 1")
     try:
@@ -46,6 +47,7 @@ def perform(finetune: Callable) -> None:
             show = Show(args, task)
             try:
                 show.folder.mkdir()
+                torch.manual_seed(0)
                 with blamed(args.answers):
                     finetune(my, task, args.steps, show)
             finally:
@@ -76,10 +78,13 @@ class Show:
         self.quote("before", self.report["bits_before"], self.report["sample_before"])
 
     def step(self, step: int, nats: float) -> None:
+        """Ten lines in all, each the mean since the line before."""
         losses = self.report["losses"]
         losses.append(nats)
-        if step % max(1, self.args.steps // 10) == 0 or step == self.args.steps - 1:
-            say(f"step {step:>4}   {nats:5.3f} nats   {'█' * round(24 * nats / losses[0])}")
+        tenth = max(1, self.args.steps // 10)
+        if (step + 1) % tenth == 0:
+            mean = [fmean(part) for part in (losses[:tenth], losses[-tenth:])]
+            say(f"step {step + 1:>4}   {mean[1]:5.3f} nats   {'█' * round(24 * mean[1] / mean[0])}")
 
     def after(self, model: nn.Module, bits: float) -> None:
         self.report |= {"bits_after": bits, "sample_after": self.sample(model)}
@@ -97,14 +102,15 @@ class Show:
         say(f"one function, {len(models)} ways: how far the logits (up to {largest:.1f}) are from those of your {first[0]}, at most")
         for name, how in HOW.items():
             if name in apart:
-                say(f"    {name:<16} {how:<48} {apart[name]:.0e}")
+                say(f"    {name:<16} {how:<48} {f'{apart[name]:.0e}' if apart[name] else 'equal, bit for bit'}")
         if "PEFT" not in apart:
             say(f"    PEFT             is not installed here; PeftModel.from_pretrained(ml.load_base(), {str(self.args.out)!r}) reads the folder")
         if off := [name for name in apart if not apart[name] <= CLOSE * largest]:
             raise NotReady(f"These are not the same function: {', '.join(off)}. Nothing was written.")
 
-    def the_end(self, taken_out: str, base: str, merged: nn.Module) -> None:
-        if taken_out != base:
+    def the_end(self, taken_out: nn.Module, merged: nn.Module) -> None:
+        base = base_fingerprint(ml.load_base())
+        if base_fingerprint(taken_out) != base:
             raise NotReady("W has changed. LoRA never does that: look where your answers write to a weight. Nothing was written.")
         size = (self.folder / WEIGHTS).stat().st_size
         if size != self.size:
@@ -120,10 +126,10 @@ class Show:
         say(f"in {os.path.relpath(self.args.out)}: {WEIGHTS}, {CONFIG}, {MERGED}, {PICTURE}, {REPORT}\n\nIt all holds together.")
 
     def sample(self, model: nn.Module) -> str:
-        return model.generate(self.task.prompt, 160, temperature=0.7, seed=0)
+        return model.generate("", 200, temperature=0.7, seed=0)
 
     def quote(self, when: str, bits: float, text: str) -> None:
-        say("\n".join(["", f"{when}: {bits:.2f} bits for each byte held out", *(f"    | {line}" for line in text.strip("\n").splitlines()), ""]))
+        say("\n".join(["", f"{when}: {bits:.2f} bits for each byte held out; it writes", *(f"    | {line.rstrip()}" for line in text.splitlines() if line.strip()), ""]))
 
 
 HOW = {"lora_branch": "the base, and beside it what the file says", "merge_lora": "one matrix for W and its update",
