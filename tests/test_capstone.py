@@ -125,13 +125,11 @@ These are there, but their tests fail:
 """
 
 
-def test_the_board_ends_with_the_capstone(toy, tmp_path):
-    last = toy("-m", "pytest", "lessons", "-q").splitlines()[-2]
-    assert re.fullmatch(r"capstone +your answers to 1 of 4 needed exercises are there; next: double \(00_toy\)", last), last
+def test_the_board_ends_with_the_capstone(toy):
+    stubs = toy("-m", "pytest", "lessons", "-q")
+    assert re.search(r"^next: double .*\ncapstone +your answers to 1 of 4 needed exercises are there; next: double \(00_toy\)$", stubs, flags=re.M), stubs
     assert re.fullmatch(r"capstone +ready: all 4 answers are there\. .*", toy("-m", "pytest", "lessons", "-q", "--answers=solutions").splitlines()[-2])
     assert "capstone" not in toy("-m", "pytest", "lessons/00_toy", "-q")                          # where only a part was asked for
-    shutil.rmtree(tmp_path / "lessons" / "capstone")
-    assert "next: double" in toy("-m", "pytest", "lessons", "-q").splitlines()[-2]
 
 
 def count():
@@ -181,7 +179,7 @@ def test_ctrl_c_leaves_nothing_and_an_older_run_whole(my, moment, tmp_path, monk
 
 def test_answers_whose_tests_overlooked_something_are_named(my, tmp_path):
     right = vars(my).copy()
-    my.merge_lora = lambda W, *rest: right["merge_lora"](W, *rest) + 1e-3
+    my.merge_lora = lambda W, *rest: 1.01 * right["merge_lora"](W, *rest)
     assert stopped(tmp_path / "out") == "These are not the same function: merge_lora. Nothing was written."
     my.merge_lora, my.lora_branch = right["merge_lora"], lambda x, A, B, alpha, rank: right["lora_branch"](x, A, B, alpha, 2 * rank)
     assert stopped(tmp_path / "out") == "These are not the same function: lora_branch. Nothing was written."

@@ -21,7 +21,7 @@ def card(report: dict) -> Figure:
     curve.legend()
     page.axis("off")
     for top, when, color in ((1.0, "before", BLACK), (0.52, "after", BLUE)):
-        lines = [part for line in report[f"sample_{when}"].strip("\n").splitlines() for part in textwrap.wrap(line, 64, drop_whitespace=False) or [""]][:7]
+        lines = [part for line in report[f"sample_{when}"].strip("\n").splitlines() for part in textwrap.wrap(line, 72, drop_whitespace=False) or [""]][:7]
         shown = "\n".join("".join(letter if letter.isascii() and letter.isprintable() else "·" for letter in line) for line in lines)
         page.text(0, top, f"{when}, {report[f'bits_{when}']:.2f} bits per byte", va="top", fontsize=11, weight="bold", color=color)
         page.text(0, top - 0.07, shown, va="top", fontsize=8.5, family="monospace", linespacing=1.5, color=color, parse_math=False)
