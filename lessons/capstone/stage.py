@@ -37,6 +37,8 @@ def perform(finetune: Callable, words: list[str] | None = None) -> None:
     args = parser.parse_args(words)
     if args.steps < 1:
         parser.error("--steps: at least 1")
+    if args.out.is_relative_to(Path.cwd()):
+        args.out = args.out.relative_to(Path.cwd())                # shorter, and it can be shown to others
     try:
         with stoppable(), room(args.out):
             if {file.name for file in args.out.iterdir() if file.name[0] != "."} and not (args.out / REPORT).exists():
@@ -123,7 +125,7 @@ class Show:
         with uninterrupted():
             for name in (WEIGHTS, CONFIG, MERGED, PICTURE, REPORT):
                 os.replace(self.folder / name, self.args.out / name)
-        say(f"in {os.path.relpath(self.args.out)}: {WEIGHTS}, {CONFIG}, {MERGED}, {PICTURE}, {REPORT}\n\nIt all holds together.")
+        say(f"in {self.args.out}: {WEIGHTS}, {CONFIG}, {MERGED}, {PICTURE}, {REPORT}\n\nIt all holds together.")
 
     def sample(self, model: nn.Module) -> str:
         return model.generate("", 200, temperature=0.7, seed=0)
