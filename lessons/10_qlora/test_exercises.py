@@ -441,7 +441,7 @@ def test_types_may_differ_and_the_sum_is_made_in_float64(left_after_merge):
     for one, other in itertools.product((torch.float64, torch.float32, torch.bfloat16), repeat=2):
         a, b = W.to(one), dW.to(other)
         want = left_after_merge(a.double(), b.double(), 32)
-        pair_is(left_after_merge(a, b, 32), want, {}, f"W in {one}, dW in {other}", 1e-7)
+        pair_is(left_after_merge(a, b, 32), want, {}, f"W in {one}, dW in {other}; make both float64 first", 1e-7)
 
 
 # QLoRALayer
