@@ -32,10 +32,10 @@ class FourBitLinearFunction(torch.autograd.Function):
 
 def qlora_bill(model: nn.Module) -> dict[str, int]:
     """parameters() and buffers() name each tensor once."""
-    everything = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad) + sum(buffer.nbytes for buffer in model.buffers())
     dense = [layer.out_features * layer.in_features * layer.compute_dtype.itemsize for layer in model.modules() if isinstance(layer, ml.NF4Linear)]
-    return {"frozen": everything - trained, "trained": trained, "gradients": trained, "moments": 2 * trained, "passing": max(dense, default=0)}
+    return {"frozen": frozen, "trained": trained, "gradients": trained, "moments": 2 * trained, "passing": max(dense, default=0)}
 
 
 def page_in_page_out(visits: list[int], room: int) -> list[tuple[str, int]]:
@@ -54,12 +54,8 @@ def page_in_page_out(visits: list[int], room: int) -> list[tuple[str, int]]:
 def left_after_merge(W: Tensor, dW: Tensor, block_size: int) -> tuple[float, float]:
     """The first number asks about dW's own direction only; what lands beside it is in the second."""
     W, dW = W.double(), dW.double()
-    D = _nf4(W + dW, block_size) - _nf4(W, block_size)
+    D = ml.quantize_nf4(W + dW, block_size).dequantize() - ml.quantize_nf4(W, block_size).dequantize()
     return ((D * dW).sum() / dW.square().sum()).item(), ((D - dW).norm() / dW.norm()).item()
-
-
-def _nf4(w: Tensor, block_size: int) -> Tensor:
-    return ml.quantize_nf4(w, block_size).dequantize()
 
 
 class QLoRALayer(nn.Module):

@@ -173,6 +173,7 @@ def test_what_asks_for_no_gradient_gets_none_and_costs_none(FourBitLinearFunctio
         assert len(gradients) == 3, f"three gradients are wanted, for x, Q and bias, got {len(gradients)}"
         assert gradients[0] is None, "x asks for no gradient and gets one: look at ctx.needs_input_grad"
         assert watch.largest < out * into / 2, "x asks for no gradient, and W̃ was made in backward all the same"
+        assert gradients[2].shape == (out,), f"dL/dbias: shape ({out},) is wanted, got {tuple(gradients[2].shape)}: the sum over all rows"
         y = FourBitLinearFunction.apply(x, Q, b.detach())
         gradients = FourBitLinearFunction.backward(y.grad_fn, g)
         assert gradients[0] is not None and gradients[1] is None, "x asks for its gradient, and Q has none: they are the first and the second result"
