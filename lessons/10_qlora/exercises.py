@@ -67,7 +67,7 @@ def left_after_merge(W: Tensor, dW: Tensor, block_size: int) -> tuple[float, flo
     ->   (⟨D, dW⟩ / ‖dW‖², how much of dW is left: 1 all, 0 none;   ‖D - dW‖ / ‖dW‖, how far D is from dW), as Python floats
 
     W, dW: (out, in), floating, perhaps of two types, dW not zero. W is either the original weight or the W̃ of a 4-bit base; this function need not
-    know which. Add in float64, and scales are not quantized (ml.quantize_nf4 with its default).
+    know which. Add in float32 or wider; scales are not quantized (ml.quantize_nf4 with its default).
     """
     raise NotImplementedError
 

@@ -99,6 +99,20 @@ def page_in_page_out__ordered(visits: list[int], room: int) -> list[tuple[str, i
     return log
 
 
+def page_in_page_out__the_visit_before(visits: list[int], room: int) -> list[tuple[str, int]]:
+    """The page used last is the one of the visit before, and that one is always there."""
+    here, log, last = set(), [], None
+    for page in visits:
+        if page not in here:
+            if len(here) == room:
+                here.remove(last)
+                log.append(("out", last))
+            here.add(page)
+            log.append(("in", page))
+        last = page
+    return log
+
+
 def left_after_merge__flat(W: Tensor, dW: Tensor, block_size: int) -> tuple[float, float]:
     before, after = (ml.quantize_nf4(w, block_size).dequantize(torch.float64).flatten() for w in (W.double(), W.double() + dW.double()))
     d = dW.double().flatten()

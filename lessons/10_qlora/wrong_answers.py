@@ -168,7 +168,7 @@ def qlora_bill__packed(model: nn.Module) -> dict[str, int]:
     return {"frozen": everything - trained, "trained": trained, "gradients": trained, "moments": 2 * trained, "passing": packed}
 
 
-@provokes("passing: 2,000 bytes, got 4,000")
+@provokes("ask each layer's compute_dtype")
 def qlora_bill__always_float32(model: nn.Module) -> dict[str, int]:
     everything = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -307,7 +307,7 @@ def left_after_merge__one_block_size(W: Tensor, dW: Tensor, block_size: int) -> 
     return ((D * dW).sum() / dW.square().sum()).item(), ((D - dW).norm() / dW.norm()).item()
 
 
-@provokes("make both float64 first")
+@provokes("make both float32 or wider first")
 def left_after_merge__in_the_types_given(W: Tensor, dW: Tensor, block_size: int) -> tuple[float, float]:
     D = _nf4(W + dW, block_size) - _nf4(W, block_size)
     D, dW = D.double(), dW.double()
