@@ -38,7 +38,7 @@ class Line:
 
     def close(self, number: float) -> bool:
         """So near to where it is wanted that another machine might judge otherwise."""
-        return self.slack > 0 and abs(number - self.bound) <= self.slack
+        return bool(self.wanted) and self.slack > 0 and abs(number - self.bound) <= self.slack
 
     def printed(self, number: float) -> str:
         if self.form == "tiny":
