@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 WANTED = {"at most": operator.le, "at least": operator.ge, "below": operator.lt, "above": operator.gt, "exactly": operator.eq}
@@ -66,8 +67,11 @@ class Myth:
 
     def measure(self, **planted) -> tuple[float, ...]:
         """The trial's numbers; `planted`: what is on trial turned into its opposite."""
-        found = self.run(**planted)
-        return tuple(float(number.detach() if isinstance(number, Tensor) else number) for number in (found if isinstance(found, (tuple, list)) else [found]))
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)                       # whatever ran before
+            found = self.run(**planted)
+        numbers = found if isinstance(found, (tuple, list)) else [found]
+        return tuple(float(number.detach() if isinstance(number, Tensor) else number) for number in numbers)
 
     def verdict(self, numbers: Sequence[float]) -> str:
         held = [line.holds(number) for line, number in zip(self.lines, numbers, strict=True) if line.wanted]
@@ -94,6 +98,7 @@ def myth(claim: str, met: str, *lines: Line, right: str, lesson: str = "") -> Ca
 
 # The page
 
+MARK = {"false": "false", "half true": "*half true*", "true": "**true**"}
 Show = Callable[[Myth, int, str], str]      # (myth, which of its lines, the number as printed) -> what stands on the page
 
 
@@ -109,7 +114,7 @@ def page(found: dict[str, tuple[float, ...]], head: str, show: Show = lambda myt
             place = case.chapter
             text.append(f"| | **{place}** | |")
             cards.append(f"## {place}\n")
-        text.append(f"| {number} | {case.claim} | {verdicts[name]} |")
+        text.append(f"| {number} | {case.claim} | {MARK[verdicts[name]]} |")
         cards.append(card(number, case, numbers, show))
     return "\n".join([*text, "", *cards]).rstrip() + "\n"
 
@@ -120,6 +125,8 @@ def card(number: int, case: Myth, numbers: Sequence[float], show: Show) -> str:
             for line, cell, value in zip(case.lines, printed, numbers) if line.wanted]
     more = f" · more in [lesson {case.lesson[:2]}]({case.lesson}/README.md)" if case.lesson else ""
     return "\n".join([
-        f"<details><summary><b>{number}</b> {case.claim}</summary>", "", "| if that were so | it would be | it is | holds |", "|---|---:|---:|---|", *rows, "",
-        f"**{case.verdict(numbers).capitalize()}.** {case.right.format(*printed)}", "", f"Met in {case.met} · `{case.name}` in [myths.py](myths.py){more}", "",
+        f"<details><summary><b>{number}</b> {case.claim}</summary>", "",
+        "| if that were so | it would be | it is | holds |", "|---|---:|---:|---|", *rows, "",
+        f"**{case.verdict(numbers).capitalize()}.** {case.right.format(*printed)}", "",
+        f"Met in {case.met} · `{case.name}` in [myths.py](myths.py){more}", "",
         "</details>", ""])

@@ -4,7 +4,9 @@
     def the_run(what_is_on_trial=…): return the numbers, in the order of the lines
 
 The argument of a run is what is on trial; tests/test_myths.py turns it into its opposite and sees the verdict turn. How a verdict is
-counted from the numbers: court.py, ten lines. A run is of the shipped tiny GPT (24 adapted layers, 875,264 parameters), or of two layers in float64.
+counted from
+the numbers: court.py. What several runs share (`trained`, `fresh`, `walk`, …): stage.py. Most are of the shipped tiny GPT, 24 adapted layers and 875,264
+parameters; `walk` takes two layers in float64.
 """
 
 import copy
@@ -13,110 +15,20 @@ import math
 import statistics
 import warnings
 from functools import cache, partial
-from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import minilora as ml
 from lessons.court import MYTHS, Line, chapter, myth, page
+from lessons.stage import (FULL, HERE, LORA, adam, apart, at_rates, batch, bill, forward_flops, fresh, held_out, in_four_bits, layers, rank, step_flops,
+                           trained, trained_in_four_bits, two_layers, voices, walk)
 from minilora.evidence import capacity
 from minilora.evidence.formulas import extrapolated
 from minilora.evidence.ledger import bytes_alive, disk_bytes, flops, optimizer_bytes
 from minilora.evidence.shapes import shape
-
-HERE = Path(__file__).parent
-LORA, FULL = ml.LoRA(8), ml.FullFineTuning()
-
-
-# What the runs share
-
-@cache
-def trained(method=LORA, lr=1e-2, steps=30, task="voice", targets=None, base=ml.load_base):
-    """The tiny GPT after so many steps of 4 × 64 bytes of a task. One run for all who ask: to change it, take a deepcopy."""
-    model = base()
-    ml.finetune(model, method, ml.data.TASKS[task]().batches(4, 64), steps, lr, targets=targets, warmup=min(3, steps - 1), schedule="linear", progress=False)
-    return model
-
-
-def fresh(method=LORA, base=ml.load_base):
-    """The tiny GPT just adapted, always with the same random factors."""
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        return ml.adapt(base(), method)
-
-
-def in_four_bits():
-    return ml.quantize(ml.load_base())
-
-
-def held_out(model, task=ml.data.voice()) -> float:
-    """Nats per byte on 48 windows that no training saw."""
-    return ml.held_out_loss(model, task.held_out(65)[:48])
-
-
-def batch(rows=4):
-    return ml.data.voice().batches(rows, 64)(0)
-
-
-def rank(M) -> int:
-    return int(torch.linalg.matrix_rank(M.detach()))
-
-
-def layers(model):
-    return [layer for _, layer in ml.adapters(model)]
-
-
-def step_flops(model) -> int:
-    """Multiplications and additions of one training step, forward and backward."""
-    return sum(flops(lambda: ml.next_byte_loss(model, *batch())))
-
-
-def bill(model) -> int:
-    """Bytes of one training step of 16 × 64 bytes: all that is stored, gradients, AdamW's state, and what is alive for backward."""
-    learns = [p for p in model.parameters() if p.requires_grad]
-    stored = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    return stored + sum(p.nbytes for p in learns) + optimizer_bytes(learns) + bytes_alive(model, lambda: ml.next_byte_loss(model, *batch(16)))
-
-
-def two_layers():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)).double()
-
-
-def adam(groups):
-    return torch.optim.AdamW([group | {"weight_decay": 0.0} for group in groups], eps=1e-30)
-
-
-def sgd(groups):
-    return torch.optim.SGD([{"params": group["params"], "lr": group["lr"]} for group in groups])
-
-
-def walk(method, lr=0.02, optimizer=adam, steps=30) -> torch.Tensor:
-    """Two layers in float64 after so many steps, all methods from the same factors: what W has become, as one vector."""
-    with torch.random.fork_rng([]):
-        model = ml.adapt(two_layers(), method, ["0", "2"] if method is not FULL else None)
-        torch.manual_seed(1)
-        for _, layer in ml.adapters(model):
-            nn.init.kaiming_uniform_(layer.A, a=math.sqrt(5))
-        x, y = torch.randn(2, 16, 8, dtype=torch.float64)
-    opt = optimizer(method.parameter_groups(model, lr))
-    for step in range(steps):
-        opt.zero_grad()
-        F.mse_loss(model(x), y).backward()
-        method.before_step(model, step)
-        opt.step()
-        method.after_step(model, step)
-    return torch.cat([(layer.weight + (layer.delta_weight() if isinstance(layer, ml.Adapter) else 0)).detach().flatten() for layer in (model[0], model[2])])
-
-
-def apart(one, other) -> float:
-    """How far two such ends are from one another, over how far the second went from the start."""
-    start = torch.cat([layer.weight.detach().flatten() for layer in (two_layers()[0], two_layers()[2])])
-    return ((one - other).norm() / (other - start).norm()).item()
 
 
 chapter("What LoRA is")
@@ -125,7 +37,8 @@ chapter("What LoRA is")
 @myth("LoRA decomposes W into two small matrices.", "slides, and first answers in interviews",
       Line("rank of a trained layer, W + dW with r = 8; the largest of 24", "at most 8"),
       Line("numbers of W that are not what they were", "at least 1"),
-      right="W keeps every bit and its rank of {0}. What is a product of two small matrices is the update that stands beside it.", lesson="01_lora")
+      right="W keeps every bit, and the layer its rank of {0}. What is a product of two small matrices is the update that stands beside it.",
+      lesson="01_lora")
 def decomposes_w(make=trained):
     model, before = make(), ml.load_base()
     moved = sum((layer.base.weight != before.get_submodule(name).weight).sum() for name, layer in ml.adapters(model))
@@ -157,9 +70,10 @@ def trains_a_subset(make=trained):
 
 
 @myth("At the very first step only B moves.", "careful lecture notes",
-      Line("largest |dL/dA| in 24 layers", "exactly 0", ".3f"),
-      Line("largest |dL/dB|", "above 0", ".2f", 0.02),
-      right="dL/dA = s Bᵀ G, and B is zero. From the second step on both move. (Weight decay would move A at once: AdamW's default is 0.01.)", lesson="01_lora")
+      Line("largest number in dL/dA, 24 layers", "exactly 0", ".3f"),
+      Line("largest number in dL/dB", "above 0", ".2f", 0.02),
+      right="dL/dA = s Bᵀ G, and B is zero. From the second step on both move. (Weight decay would move A at once: AdamW's default is 0.01.)",
+      lesson="01_lora")
 def only_b_moves(wake=lambda B: None):
     model = fresh()
     for layer in layers(model):
@@ -171,7 +85,8 @@ def only_b_moves(wake=lambda B: None):
 @myth("B may start at random, as A does.", "home-made implementations",
       Line("loss before the first step, above the base's, nats per byte", "at most 0.01", ".2f", 0.05),
       Line("loss after 30 steps, above that with B = 0", "", ".2f", 0.05),
-      right="With B = 0 the adapted model starts as the base. With B drawn as A is, it starts {0} nats per byte worse; after 30 steps {1} of them are left.", lesson="01_lora")
+      right="With B = 0 the adapted model starts as the base. With B drawn as A is, it starts {0} nats per byte worse; after 30 steps {1} of them are "
+            "left.", lesson="01_lora")
 def b_at_random(draw=partial(nn.init.kaiming_uniform_, a=math.sqrt(5))):
     def drawn():
         model = fresh()
@@ -189,7 +104,7 @@ def b_at_random(draw=partial(nn.init.kaiming_uniform_, a=math.sqrt(5))):
 def both_at_zero(draw=nn.init.zeros_):
     layer = fresh().blocks[0].attention.q_proj
     draw(layer.A.data)
-    optimizer, (x, y) = torch.optim.AdamW([layer.A, layer.B], lr=0.01, weight_decay=0.0), torch.randn(2, 16, 128, generator=torch.Generator().manual_seed(0))
+    optimizer, (x, y) = torch.optim.AdamW([layer.A, layer.B], lr=0.01, weight_decay=0.0), torch.randn(2, 16, 128)
     for _ in range(30):
         optimizer.zero_grad()
         F.mse_loss(layer(x), y).backward()
@@ -201,7 +116,8 @@ def both_at_zero(draw=nn.init.zeros_):
       Line("highest rank of B A, over that of any update of W (8 × 12, r = 8)", "at least 1", ".2f"),
       Line("trained numbers, over W's own", "at most 1", ".2f"),
       Line("how far apart the two are after 30 steps at one rate, over the way gone", "at most 0.01", ".2f", 0.05),
-      right="It can express any update, with {1} times as many numbers. But gradient steps on A and B are other steps than those on W: same reach, another way.")
+      right="It can express any update, with {1} times as many numbers. But gradient steps on A and B are other steps than those on W: same reach, "
+            "another way.")
 def full_rank_is_full(one=ml.LoRA(8), other=FULL):
     A, B = torch.randn(8, 8), torch.randn(12, 8)
     return rank(B @ A) / 8, (A.numel() + B.numel()) / (8 * 12) if isinstance(one, ml.LoRA) else 1, apart(walk(one), walk(other))
@@ -213,27 +129,14 @@ chapter("What it costs")
 @myth("With LoRA the base model gets smaller.", "product pages",
       Line("bytes stored in training, adapter and base over the base", "below 1", ".3f"),
       Line("the same once it is merged", "below 1", ".3f"),
-      right="In training the base is there whole, and the adapter comes on top; merged, it is as large as before. Small is the file that one sends, and the optimizer's state.")
+      right="In training the base is there whole, and the adapter comes on top; merged, it is as large as before. Small is the file that one sends, "
+            "and the optimizer's state.")
 def base_gets_smaller(method=LORA, base=ml.load_base):
     def stored(model):
         return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
     model = fresh(method, base)
     return stored(model) / stored(ml.load_base()), stored(ml.merge(model)) / stored(ml.load_base())
-
-
-def forward_flops(model) -> int:
-    with FlopCounterMode(display=False) as counter:
-        model(batch()[0])
-    return counter.get_total_flops()
-
-
-def thin(model):
-    """Every layer of the blocks as two thin ones of rank 8: what people think that LoRA is."""
-    for name, linear in [(name, m) for name, m in model.blocks.named_modules() if isinstance(m, nn.Linear)]:
-        parent, child = name.rpartition(".")[::2]
-        setattr(model.blocks.get_submodule(parent), child, nn.Sequential(nn.Linear(linear.in_features, 8, bias=False), nn.Linear(8, linear.out_features)))
-    return model
 
 
 @myth("A model with LoRA answers faster than its base.", "product pages",
@@ -245,10 +148,11 @@ def answers_faster(change=fresh):
     return forward_flops(model) / base, forward_flops(ml.merge(model) if layers(model) else model) / base
 
 
-@myth("Once merged, LoRA costs nothing at inference.", "the paper's abstract",
+@myth("Once merged, LoRA costs nothing at inference.", "papers, and product pages",
       Line("FLOPs of a forward pass, merged over base", "at most 1", ".3f"),
       Line("numbers stored, merged over base", "at most 1", ".3f"),
-      right="W + s B A is one matrix of W's shape. (Then it is one model with one skill: adapters can no longer be exchanged on it.)", lesson="02_adapter_life")
+      right="W + s B A is one matrix of W's shape. (Then it is one model with one skill: adapters can no longer be exchanged on it.)",
+      lesson="02_adapter_life")
 def merged_is_free(finish=ml.merge):
     model, base = finish(fresh()), ml.load_base()
     return forward_flops(model) / forward_flops(base), sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in base.parameters())
@@ -257,7 +161,8 @@ def merged_is_free(finish=ml.merge):
 @myth("Training with LoRA is always faster.", "tutorials",
       Line("FLOPs of a step over full fine-tuning's, rank 8 in layers of width 128", "below 1", ".2f"),
       Line("the same, rank 64", "below 1", ".2f"),
-      right="What is saved is the gradient of W, a third of the work at best; forward and the way back through W remain. The branch adds its own work, and at a high rank it "
+      right="What is saved is the gradient of W, a third of the work at best; forward and the way back through W remain. The branch adds its own "
+            "work, and at a high rank it "
             "eats the saving. Two small products a layer also keep a GPU less busy than their FLOPs say.")
 def trains_faster(ranks=(8, 64)):
     full = step_flops(ml.load_base())
@@ -294,7 +199,8 @@ def state_in_proportion(model=fresh):
 
 @myth("A frozen W needs no backward pass.", "interview answers",
       Line("FLOPs of backward through a frozen layer in the middle of a model, over a trained one's", "exactly 0", ".2f"),
-      right="It needs no gradient of its own, but x Wᵀ has to hand dL/dx = G W down to what is trained below: half of a trained layer's backward. Only below the lowest adapter is there none.",
+      right="It needs no gradient of its own, but x Wᵀ has to hand dL/dx = G W down to what is trained below: half of a trained layer's backward. "
+            "Only below the lowest adapter is there none.",
       lesson="04_lora_fa")
 def no_backward(middle=True):
     def backward(learns):
@@ -305,11 +211,6 @@ def no_backward(middle=True):
 
 
 chapter("What it learns")
-
-
-@cache
-def at_rates(method, *rates) -> dict[float, float]:
-    return {lr: held_out(trained(method, lr)) for lr in rates}
 
 
 FULL_RATES, LORA_RATES = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1)
@@ -350,10 +251,11 @@ def cannot_overfit(fresh_text=False, steps=40):
     return history["loss"][-1], curve[-1] - min(curve)
 
 
-@myth("LoRA always forgets less than full fine-tuning.", "summaries of one paper",
+@myth("LoRA always forgets less than full fine-tuning.", "summaries",
       Line("what full fine-tuning forgets of the tiny world less what LoRA forgets, nats per byte, both at their best rates", "above 0", ".1f", 0.4),
       Line("the same, LoRA at a third of its best rate", "above 0", ".1f", 0.4),
-      right="At its best rate it forgets more than full fine-tuning here, at a third of it less. Forgetting grows with how far one trains: compare it at equal learning.")
+      right="At its best rate it forgets more than full fine-tuning here, at a third of it less. Forgetting grows with how far one trains: compare it "
+            "at equal learning.")
 def forgets_less(rates=(3e-2, 1e-2)):
     world = ml.data.world()
     return [held_out(trained(FULL, 3e-3), world) - held_out(trained(LORA, lr), world) for lr in rates]
@@ -362,7 +264,8 @@ def forgets_less(rates=(3e-2, 1e-2)):
 @myth("Rank 1 can hold only a little, whatever one does.", "rules of thumb",
       Line("of 128 invented facts, remembered at rank 1 after 3,200 steps, percent", "at most 25", ".0f"),
       Line("after 800 steps", "", ".0f"),
-      right="After 800 steps it remembers {1} %, after 3,200 {0} %. Rank buys time before it buys room. (Means of three seeds in benchmarks/capacity.json.)")
+      right="After 800 steps it remembers {1} %, after 3,200 {0} %. Rank buys time before it buys room. (Means of three seeds in "
+            "benchmarks/capacity.json.)")
 def rank_one_is_full(steps=3200):
     records = capacity.read(HERE.parent / "benchmarks" / "capacity.json")
     def remembered(steps):
@@ -413,7 +316,8 @@ def best_alpha(lr, r=4):
       Line("best alpha / rank at learning rate 0.01", "exactly 2", ".0f"),
       Line("at 0.03", "exactly 2", ".0f"),
       Line("at 0.1", "exactly 2", ".0f"),
-      right="It depends on the learning rate: {0} at 0.01, {1} at 0.03, {2} at 0.1. What training feels is both together; fix one, search the other.", lesson="03_lora_plus")
+      right="It depends on the learning rate: {0} at 0.01, {1} at 0.03, {2} at 0.1. What training feels is both together; fix one, search the "
+            "other.", lesson="03_lora_plus")
 def twice_the_rank(rates=(0.01, 0.03, 0.1)):
     return [best_alpha(lr) for lr in rates]
 
@@ -434,8 +338,8 @@ def first_step(r, optimizer, alpha=8.0):
 @myth("alpha/r frees one from finding the learning rate again when the rank changes.", "documentation",
       Line("first step under Adam, rank 64 over rank 4", "at least 0.5", ".2f", 0.1),
       Line("first step under SGD, rank 64 over rank 4", "at least 0.5", ".2f", 0.1),
-      right="Under Adam the first step is about as long at every rank; under SGD it is 16 times shorter ({1}). And it is the first step only: rsLoRA's paper finds that later alpha/√r is what keeps high ranks learning.",
-      lesson="01_lora")
+      right="Under Adam the first step is about as long at both ranks ({0}); under SGD rank 64's is {1} of rank 4's. And that is the first step only: "
+            "for what follows, rsLoRA's paper wants alpha/√r.", lesson="01_lora")
 def no_retuning(optimizers=(torch.optim.Adam, torch.optim.SGD)):
     return [first_step(64, optimizer) / first_step(4, optimizer) for optimizer in optimizers]
 
@@ -443,7 +347,8 @@ def no_retuning(optimizers=(torch.optim.Adam, torch.optim.SGD)):
 @myth("The rank that was trained is the rank that was needed.", "interview answers",
       Line("directions of 8 that hold 90 % of dW's length², the mean of 24 layers", "at least 7", ".1f", 0.3),
       Line("loss without the weaker half of the directions of every layer, above that with all", "at least 0.1", ".2f", 0.03),
-      right="A few directions carry most of a trained update ({0} of 8 for nine tenths), and half of them can be taken away afterwards at {1} nats per byte. A small rank to *start* with is another question.")
+      right="A few directions carry most of a trained update ({0} of 8 for nine tenths), and half of them can be taken away afterwards at {1} nats "
+            "per byte. A small rank to *start* with is another question.")
 def rank_is_needed(make=trained):
     model, whole = copy.deepcopy(make()), held_out(make())
     for layer in layers(model):
@@ -456,8 +361,9 @@ def rank_is_needed(make=trained):
 
 @myth("A rank above the layer's width helps.", "grid searches",
       Line("rank of B A over the width, r = 256 in a 128 × 128 layer", "above 1", ".2f"),
-      Line("trained numbers over W's own", "at most 1", ".2f"),
-      right="No update of W has a higher rank than W's smaller side. Beyond it one trains {1} times as many numbers as W has; `ml.LoRA` refuses.", lesson="01_lora")
+      Line("trained numbers over W's own", "", ".2f"),
+      right="No update of W has a higher rank than W's smaller side. Beyond it one trains {1} times as many numbers as W has; `ml.LoRA` refuses.",
+      lesson="01_lora")
 def rank_above_width(r=256, width=128):
     A, B = torch.randn(r, width, dtype=torch.float64), torch.randn(width, r, dtype=torch.float64)
     return rank(B @ A) / width, (A.numel() + B.numel()) / width**2
@@ -474,7 +380,8 @@ def q_and_v(few=("q_proj", "v_proj"), r=18):
 @myth("Weight decay on A and B pulls the model back to its base.", "careful discussions of optimizers",
       Line("length of dW after 100 steps of AdamW with decay 0.1 and no gradient, over that before", "below 1", ".2f"),
       Line("numbers of W that moved", "exactly 0"),
-      right="It shrinks B A towards zero, that is W + dW towards W. In full fine-tuning decay pulls towards zero, away from the base.", lesson="03_lora_plus")
+      right="It shrinks B A towards zero, that is W + dW towards W. In full fine-tuning decay pulls towards zero, away from the base.",
+      lesson="03_lora_plus")
 def decay_pulls_back(train=lambda layer: [layer.A, layer.B]):
     layer = ml.adapt(two_layers(), ml.LoRA(3), ["0"])[0]
     nn.init.normal_(layer.B)
@@ -490,11 +397,6 @@ def decay_pulls_back(train=lambda layer: [layer.A, layer.B]):
 chapter("Four bits")
 
 
-@cache
-def trained_in_four_bits():
-    return trained(base=in_four_bits)
-
-
 @myth("QLoRA decomposes the quantized weights.", "slides",
       Line("bytes of the 4-bit codes that training changed", "at least 1"),
       Line("rank of the base's dequantized W, the largest of 24 layers, r = 8", "at most 8"),
@@ -508,7 +410,8 @@ def decomposes_four_bits(make=trained_in_four_bits):
 @myth("QLoRA trains faster than LoRA.", "product pages",
       Line("FLOPs of a step over LoRA's", "below 1", ".2f"),
       Line("times that a W is dequantized in a step, the mean of 24", "exactly 0", ".2f"),
-      right="The products are the same, and a W is unpacked once forward and once backward on top (only the first q, k and v have nobody below to tell). One takes QLoRA for its memory.")
+      right="The products are the same, and a W is unpacked once forward and once backward on top (only the first q, k and v have nobody below to "
+            "tell). One takes QLoRA for its memory.")
 def four_bits_are_faster(base=in_four_bits):
     quick, dequantize = fresh(LORA, base), ml.NF4Linear.dequantize
     with mock.patch.object(ml.NF4Linear, "dequantize", autospec=True, side_effect=dequantize) as unpacked:
@@ -519,7 +422,8 @@ def four_bits_are_faster(base=in_four_bits):
 @myth("QLoRA halves again what LoRA on 8 bits needs.", "summaries, from 16 to 8 to 4",
       Line("bytes of Llama-7B's blocks, 4 bits (NF4, double quantization) over 8", "at most 0.55", ".2f"),
       Line("the whole step: embeddings and head in 16 bits, adapters of rank 64, their AdamW, what they keep of 2,048 tokens", "at most 0.55", ".2f"),
-      right="The blocks are halved, nearly ({0}); of the whole step {1} is left, for adapters, their state, activations and embeddings are what they were. (By formula; the rest of the activations would bring it nearer to 1 still.)")
+      right="The blocks are halved, nearly ({0}); of the whole step {1} is left, for adapters, their state, activations and embeddings are what they "
+            "were. (By formula; the rest of the activations would bring it nearer to 1 still.)")
 def halves_again(r=64, tokens=2048):
     llama, method = shape("llama-7b"), ml.LoRA(r)
     numbers = sum(kind.parameters for kind in llama.kinds)
@@ -538,9 +442,10 @@ def codes_of(w, edges=None):
     return torch.cat([packed >> 4, packed & 15]).bincount(minlength=16)
 
 
-@myth("NF4's sixteen bins hold equally many weights.", "explanations of NF4, the paper's own among them",
+@myth("NF4's sixteen bins hold equally many weights.", "explanations of NF4",
       Line("the fullest bin over the emptiest, on a million normal numbers", "at most 1.1", ".1f", 0.1),
-      right="The levels are quantiles of the normal, but each block is divided by its own largest number, and then the outer bins are nearly empty: {0} to 1.")
+      right="The levels are quantiles of the normal, but each block is divided by its own largest number, and then the outer bins are nearly empty: "
+            "{0} to 1.")
 def equal_mass(edges=None):
     counts = codes_of(torch.randn(2**20, generator=torch.Generator().manual_seed(0)), edges)
     return counts.max() / counts.min()
@@ -576,9 +481,9 @@ def nf4_is_best(draws=(torch.randn, torch.rand)):
     return found
 
 
-@myth("LoRA on a four-bit base learns as well as on a dense one.", "the QLoRA paper",
+@myth("LoRA on a four-bit base learns as well as on a dense one.", "papers",
       Line("loss after 30 steps above that on the dense base, nats per byte", "at most 0.05", ".2f", 0.02),
-      right="{0} nats per byte here: B A learns around the rounding of W. (A small model; the paper says it of 7 to 65 billion.)")
+      right="{0} nats per byte here: B A learns around the rounding of W. (A small model and few steps; the paper says it of large ones.)")
 def four_bits_learn(make=trained_in_four_bits):
     return held_out(make()) - held_out(trained())
 
@@ -598,7 +503,8 @@ def film():
 @myth("AdaLoRA raises the rank where accuracy is poor.", "summaries",
       Line("layers whose rank was ever above its start", "at least 1"),
       Line("steps at which the budget rose", "at least 1"),
-      right="All layers start at the same rank, and the budget only falls. What decides is |weight · gradient| of each direction, smoothed; accuracy is never read.")
+      right="All layers start at the same rank, and the budget only falls. What decides is |weight · gradient| of each direction, smoothed; accuracy "
+            "is never read.")
 def raises_the_rank(film=film):
     budget, kept = film()
     return sum(max(ranks) > ranks[0] for ranks in zip(*kept)), sum(b > a for a, b in zip(budget, budget[1:]))
@@ -610,7 +516,9 @@ def raises_the_rank(film=film):
 def delta_has_full_rank(make=partial(trained, ml.DeltaLoRA(4, start_step=2), 1e-2, 5)):
     model, before = make(), ml.load_base()
     changes = [layer.delta_weight() for layer in layers(copy.deepcopy(model).double())]
-    return max(map(rank, changes)) if changes else max(rank(m.weight - before.get_submodule(n).weight) for n, m in model.named_modules() if n.endswith("_proj"))
+    if not changes:                                         # no adapter: W itself was trained
+        changes = [linear.weight - before.get_submodule(name).weight for name, linear in model.named_modules() if name.endswith("_proj")]
+    return max(map(rank, changes))
 
 
 @myth("Delta-LoRA from the first step is LoRA with a larger alpha.", "reviews of the paper",
@@ -623,7 +531,8 @@ def delta_is_alpha(optimizer=adam):
 @myth("LoRA-FA halves memory.", "summaries",
       Line("what one layer keeps for backward, LoRA over LoRA-FA (512 tokens, width 1024, r = 8)", "at least 2", ".0f"),
       Line("all bytes of a step of the tiny GPT, LoRA over LoRA-FA", "at least 2", ".2f", 0.05),
-      right="A layer by itself keeps {0} times less; of the whole bill {1} is gained, for weights, attention, norms and the MLP's own activations stay.", lesson="04_lora_fa")
+      right="A layer by itself keeps {0} times less; of the whole bill {1} is gained, for weights, attention, norms and the MLP's own activations "
+            "stay.", lesson="04_lora_fa")
 def fa_halves(method=ml.LoRAFA(8)):
     def kept(method):
         model, x = ml.adapt(nn.Sequential(nn.Linear(1024, 1024)), method), torch.randn(512, 1024, requires_grad=True)
@@ -632,10 +541,11 @@ def fa_halves(method=ml.LoRAFA(8)):
     return kept(LORA) / kept(method), bill(fresh()) / bill(fresh(method))
 
 
-@myth("VeRA's files are tiny.", "the method's selling point",
+@myth("VeRA's files are tiny.", "summaries",
       Line("file of VeRA, rank 256, over LoRA's of rank 8: as saved by default, PEFT's way", "at most 0.2", ".2f", 0.01),
       Line("the same with the seed in place of the random matrices", "at most 0.2", ".2f", 0.01),
-      right="With the seed alone {1} of LoRA's; but PEFT saves the random A and B by default, for a seed need not give the same numbers elsewhere, and then the file is {0} times LoRA's.", lesson="05_vera")
+      right="With the seed alone {1} of LoRA's; but PEFT saves the random A and B by default, for a seed need not give the same numbers elsewhere, "
+            "and then the file is {0} times LoRA's.", lesson="05_vera")
 def vera_is_tiny(r=256):
     lora, vera = disk_bytes(fresh()), disk_bytes(fresh(ml.VeRA(r)))
     return vera / lora, (vera - 4 * r * (512 + 512)) / lora
@@ -654,7 +564,8 @@ def vera_is_low_rank(r=256):
 @myth("DoRA decomposes the model.", "its name",
       Line("largest relative error of: length of a row of the merged W = that row's magnitude", "at most 0.0001", ".4f"),
       Line("numbers of the adapted layers, over those of W and LoRA's branch", "below 1", ".3f"),
-      right="It writes every row of W + s B A as length times direction, and trains the length by itself. W stays whole beside it; there is one number a row more than in LoRA, and nothing smaller.")
+      right="It writes every row of W + s B A as length times direction, and trains the length by itself. W stays whole beside it; there is one "
+            "number a row more than in LoRA, and nothing smaller.")
 def dora_decomposes(method=ml.DoRA(8)):
     def numbers(method):
         return sum(p.numel() for layer in layers(fresh(method)) for p in layer.parameters())
@@ -674,7 +585,8 @@ def rslora_is_alpha(alpha=5 * math.sqrt(3)):
 @myth("In LoRA-drop the dropped layers cost nothing any more.", "summaries",
       Line("trained numbers over LoRA's", "below 1", ".2f", 0.02),
       Line("FLOPs of a step over LoRA's", "below 1", ".2f"),
-      right="{0} of the numbers, all of the work: a dropped layer runs the shared pair. Saved are parameters, their state and the file.", lesson="07_lora_drop")
+      right="{0} of the numbers, all of the work: a dropped layer runs the shared pair. Saved are parameters, their state and the file.",
+      lesson="07_lora_drop")
 def drop_is_free(change=None):
     model, method = fresh(ml.LoRADrop(8, threshold=0.3, warmup_steps=2)), ml.LoRADrop(8, threshold=0.3, warmup_steps=2)
     method.prepare(model, ml.data.voice().batches(4, 64), ml.next_byte_loss, 1e-2)
@@ -686,15 +598,12 @@ def drop_is_free(change=None):
 chapter("Files and life")
 
 
-def voices(name="loud"):
-    return ml.load_adapter(ml.load_base(), HERE / "02_adapter_life" / "voices" / name)
-
-
 @myth("Merging loses accuracy because LoRA is an approximation.", "forum answers",
       Line("how far the loss moves by merging in float32, nats per byte", "at least 0.001", ".4f", 0.0002),
       Line("in bfloat16", "", ".4f", 0.0005),
       Line("of LoRA on a four-bit base, by merging into four bits", "", ".3f", 0.02),
-      right="W + s B A is an identity, at any rank. What is lost is lost by rounding: {1} nats per byte in bfloat16, {2} in four bits, for updates as long as these (about half of W).",
+      right="W + s B A is an identity, at any rank. What is lost is lost by rounding: {1} nats per byte in bfloat16, {2} in four bits, for updates as "
+            "long as these (about half of W).",
       lesson="02_adapter_life")
 def merging_approximates(spoil=lambda model: model):
     def moves(model, merged):
@@ -703,14 +612,16 @@ def merging_approximates(spoil=lambda model: model):
     model, four = voices(), trained_in_four_bits()
     with warnings.catch_warnings(action="ignore"):          # merge_nf4 says what it loses
         in_four = ml.merge_nf4(copy.deepcopy(four))
-    return (moves(model, spoil(ml.merge(copy.deepcopy(model)))), moves(model, ml.merge(copy.deepcopy(model), torch.bfloat16).float()), moves(four, in_four))
+    exact, short = ml.merge(copy.deepcopy(model)), ml.merge(copy.deepcopy(model), torch.bfloat16).float()
+    return moves(model, spoil(exact)), moves(model, short), moves(four, in_four)
 
 
 @myth("Merging is lossless.", "documentation",
       Line("lost of an update a hundredth as long as W, in float32: ‖merged − (W + dW)‖ / ‖dW‖, percent", "at most 1", ".1f"),
       Line("in bfloat16", "at most 1", ".0f", 1),
       Line("in four bits", "at most 1", ".0f", 5),
-      right="In float32. In bfloat16 {1} % of such an update is lost. In four bits {2} %: the rounding is longer than the update. Merge into the dequantized W and keep 16 bits.", lesson="02_adapter_life")
+      right="In float32. In bfloat16 {1} % of such an update is lost. In four bits {2} %: the rounding is longer than the update. Merge into the "
+            "dequantized W and keep 16 bits.", lesson="02_adapter_life")
 def merging_is_lossless(ratio=0.01):
     layer = voices().blocks[0].mlp.up_proj
     W, dW = layer.base.weight, layer.delta_weight()
@@ -719,12 +630,16 @@ def merging_is_lossless(ratio=0.01):
 
 
 @myth("A merged adapter can be subtracted again exactly.", "forum answers",
-      Line("share of W's numbers that are not what they were, float32, percent", "exactly 0", ".0f", 3),
-      right="W + dW was rounded, and subtracting dW does not bring the lost digits back: {0} % come back as other numbers, wrong in the last digits; in bfloat16 in more than the last. Keep W, or keep the adapter beside it.",
-      lesson="02_adapter_life")
+      Line("numbers of W that are not what they were, float32, percent", "exactly 0", ".0f", 3),
+      Line("in bfloat16", "exactly 0", ".0f", 3),
+      right="W + dW was rounded, and subtracting dW does not bring the lost digits back: {0} % of W come back as other numbers, in bfloat16 {1} %. "
+            "Keep W, and the adapter beside it.", lesson="02_adapter_life")
 def subtracts_exactly(back=lambda W, dW: (W + dW) - dW):
-    pairs = [(layer.base.weight, layer.delta_weight()) for layer in layers(voices())]
-    return 100 * statistics.fmean((back(W, dW) != W).float().mean().item() for W, dW in pairs)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        pairs = [(layer.base.weight.to(dtype), layer.delta_weight().to(dtype)) for layer in layers(voices())]
+        found.append(100 * statistics.fmean((back(W, dW) != W).float().mean().item() for W, dW in pairs))
+    return found
 
 
 @myth("As long as it is not merged, the base can be had back to the bit.", "documentation",
@@ -737,7 +652,8 @@ def base_comes_back(make=trained):
 
 @myth("Adapters add up: add the A's and add the B's.", "scripts, and one option of a library",
       Line("‖(B₁ + B₂)(A₁ + A₂) − (B₁A₁ + B₂A₂)‖ / ‖B₁A₁ + B₂A₂‖, two voices", "at most 0.01", ".2f", 0.01),
-      right="That product has B₁A₂ + B₂A₁ in it, which nobody trained: {0} times as long as what was wanted. Add the updates, or set the factors side by side: [B₁, B₂] [A₁; A₂].", lesson="02_adapter_life")
+      right="That product has B₁A₂ + B₂A₁ in it, which nobody trained: {0} times as long as what was wanted. Add the updates, or set the factors side "
+            "by side: [B₁, B₂] [A₁; A₂].", lesson="02_adapter_life")
 def add_the_factors(product=lambda A1, B1, A2, B2: (B1 + B2) @ (A1 + A2)):
     pairs = [(one.A, one.B, two.A, two.B) for one, two in zip(layers(voices("loud")), layers(voices("joined")))]
     wanted = [B1 @ A1 + B2 @ A2 for A1, B1, A2, B2 in pairs]
@@ -748,7 +664,8 @@ def add_the_factors(product=lambda A1, B1, A2, B2: (B1 + B2) @ (A1 + A2)):
 @myth("An adapter works on any fine-tune of its base.", "model cards",
       Line("loss with the loud voice on a base that was tuned a little (3 steps at 0.0001), above that on its own", "at most 0.1", ".2f", 0.03),
       Line("on one that was tuned in earnest (sums, 30 steps at 0.001)", "at most 0.1", ".2f", 0.1),
-      right="It was trained beside one W. A little away from it nothing is noticed; far away {1} nats per byte are lost. So minilora's files hold a fingerprint of their base.", lesson="02_adapter_life")
+      right="It was trained beside one W. A little away from it nothing is noticed; far away {1} nats per byte are lost. So minilora's files hold a "
+            "fingerprint of their base.", lesson="02_adapter_life")
 def any_fine_tune(tuned=((1e-4, 3), (1e-3, 30))):
     dW, own = {name: layer.delta_weight() for name, layer in ml.adapters(voices())}, held_out(voices())
 
@@ -762,10 +679,12 @@ def any_fine_tune(tuned=((1e-4, 3), (1e-3, 30))):
 
 @myth("The adapter's file is all that one needs to go on training.", "scripts",
       Line("loss at the second step after resuming from it, above that from a checkpoint (mean of three seeds)", "at most 0.02", ".2f"),
-      right="AdamW's two moments are not in it: the loss jumps by {0} nats per byte and needs dozens of steps to come back. (lessons/02_adapter_life/results.json.)", lesson="02_adapter_life")
+      Line("at the eleventh", "", ".2f"),
+      right="AdamW's two moments are not in it: the loss jumps by {0} nats per byte, and ten steps later {1} of them are left. (From "
+            "lessons/02_adapter_life/results.json.)", lesson="02_adapter_life")
 def resumes_alone(way="adapter alone"):
     seeds = json.loads((HERE / "02_adapter_life" / "results.json").read_text())["resume"].values()
-    return statistics.fmean(seed[way][1] - seed["checkpoint"][1] for seed in seeds)
+    return [statistics.fmean(seed[way][step] - seed["checkpoint"][step] for seed in seeds) for step in (1, 10)]
 
 
 @myth("An adapter's file holds r (in + out) numbers a layer, and hardly anything else.", "course notes",
@@ -779,11 +698,12 @@ HEAD = """# Myths
 
 {all} sentences that one hears about LoRA, each put on trial. {false} are false, {half} half true, {true} true.
 
-A claim foretells one number or more, and where each would have to lie; that is set down before the run. Every number there: **true**. None: **false**. Some: **half true**.
-The runs are in [myths.py](myths.py), five to fifteen lines each: `python -m lessons.myths` does them all in half a minute and writes this page, `pytest -m myth` holds it to them and
-turns each claim round to see that its verdict can turn.
+A claim foretells one number or more, and where each would have to lie. If every number lies there, the claim is **true**; if none does, false; if some do, *half true*. So the
+verdicts are counted. The runs are in [myths.py](myths.py), five to fifteen lines each; `python -m lessons.myths` does them all in half a minute and writes this page, and
+`pytest -m myth` holds the page to them and plants the opposite in most of them, to see that the verdict can turn.
 
-One counter-example is enough for *false*. *True* is what it is in a model of 875,264 parameters, where it is no identity. A number behind ≈ comes out of training or of random draws, and may be a little other on your machine.
+One counter-example is enough for *false*. *True* is an identity, or what was seen in a model of 875,264 parameters: the card says which. A number behind ≈ comes out of training or
+of random draws, and may be a little different on your machine.
 
 To guess first, go past the table: there the claims stand folded, chapter by chapter.
 """
@@ -793,7 +713,8 @@ def main() -> None:
     found = {}
     for name, case in MYTHS.items():
         found[name] = case.measure()
-        print(f"{case.verdict(found[name]):<10} {case.claim}  {', '.join(line.printed(number) for line, number in zip(case.lines, found[name]))}", flush=True)
+        numbers = ", ".join(line.printed(number) for line, number in zip(case.lines, found[name]))
+        print(f"{case.verdict(found[name]):<10} {case.claim}  {numbers}", flush=True)
     (HERE / "myths.md").write_text(page(found, HEAD), encoding="utf-8")
 
 
