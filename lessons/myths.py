@@ -88,7 +88,8 @@ def only_b_moves(wake=lambda B: None):
 
 @myth("B may start at random, as A does.", "home-made implementations",
       Line("loss before the first step, above the base's, nats per byte", "at most 0.01", ".2f", 0.05),
-      right="With B = 0 the adapted model starts as the base. With B drawn as A is, it starts {0} nats per byte worse. Training can make that good again, and need "
+      right="With B = 0 the adapted model starts as the base. With B drawn as A is, it starts {0} nats per byte worse. Training can make that good "
+            "again, and need "
             "not have to.", lesson="01_lora")
 def b_at_random(draw=partial(nn.init.kaiming_uniform_, a=math.sqrt(5))):
     model = fresh()
@@ -217,7 +218,8 @@ FULL_RATES, LORA_RATES = (1e-3, 3e-3, 1e-2), (1e-2, 3e-2, 1e-1)
 
 @myth("LoRA converges faster, because it regularises.", "forum answers",
       Line("LoRA's loss after 30 steps less full fine-tuning's, each at the best of three rates, nats per byte", "below 0", ".2f", 0.05),
-      right="Full fine-tuning is {0} nats per byte ahead here. Where LoRA looks faster, look whether both had a learning rate of their own. (And it overfits as anything does: three cards on.)")
+      right="Full fine-tuning is {0} nats per byte ahead here. Where LoRA looks faster, look whether both had a learning rate of their own. (And it "
+            "overfits as anything does: three cards on.)")
 def converges_faster(ours=(LORA, *LORA_RATES), theirs=(FULL, *FULL_RATES)):
     return min(at_rates(*ours).values()) - min(at_rates(*theirs).values())
 
@@ -259,7 +261,8 @@ def cannot_overfit(fresh_text=False, steps=40):
 @myth("LoRA always forgets less than full fine-tuning.", "summaries",
       Line("what full fine-tuning forgets of the tiny world at its best rate, less what LoRA forgets at rate 0.01, nats per byte", "above 0", ".1f", 0.4),
       Line("the same, LoRA at rate 0.03", "above 0", ".1f", 0.4),
-      right="At 0.01 LoRA forgets less, by {0}; at 0.03 more than full fine-tuning ({1}). Forgetting grows with how far one trains: compare it at equal learning.")
+      right="At 0.01 LoRA forgets less, by {0}; at 0.03 more than full fine-tuning ({1}). Forgetting grows with how far one trains: compare it at "
+            "equal learning.")
 def forgets_less(rates=(1e-2, 3e-2)):
     world = ml.data.world()
     return [held_out(trained(FULL, 3e-3), world) - held_out(trained(LORA, lr), world) for lr in rates]
@@ -449,7 +452,7 @@ def codes_of(w, edges=None):
 @myth("NF4's sixteen bins hold equally many weights.", "explanations of NF4",
       Line("the fullest bin over the emptiest, on a million normal numbers", "at most 1.1", ".1f", 0.1),
       right="The levels are quantiles of the normal, but each block is divided by its own largest number, and then the outer bins are nearly empty: "
-            "{0} to 1.")
+            "{0} to 1.", lesson="09_nf4")
 def equal_mass(edges=None):
     counts = codes_of(torch.randn(2**20, generator=torch.Generator().manual_seed(0)), edges)
     return counts.max() / counts.min()
@@ -462,7 +465,7 @@ def miss(w, **how) -> float:
 @myth("Double quantization makes the weights more accurate.", "interview answers",
       Line("error with it over that without, a million normal numbers", "below 1", ".4f", 0.0001),
       Line("bits saved a weight", "", ".3f"),
-      right="It rounds the scales too, so it adds a little error ({0}) and saves {1} bits a weight. It is for memory.")
+      right="It rounds the scales too, so it adds a little error ({0}) and saves {1} bits a weight. It is for memory.", lesson="09_nf4")
 def double_is_more_accurate(one={"double": True}, other={"double": False}):
     w = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
     return miss(w, **one) / miss(w, **other), ml.quantize_nf4(w, **other).bits_per_parameter - ml.quantize_nf4(w, **one).bits_per_parameter
@@ -471,7 +474,7 @@ def double_is_more_accurate(one={"double": True}, other={"double": False}):
 @myth("NF4 is the best four-bit type.", "documentation",
       Line("error of evenly spaced int4 over NF4's, on normal weights", "above 1", ".2f", 0.01),
       Line("the same on uniform weights", "above 1", ".2f", 0.01),
-      right="On normal numbers, which trained weights resemble. On uniform ones even steps are better: a type is best for a distribution.")
+      right="On normal numbers, which trained weights resemble. On uniform ones even steps are better: a type is best for a distribution.", lesson="09_nf4")
 def nf4_is_best(draws=(torch.randn, torch.rand)):
     def int4(w):
         scale = w.view(-1, 64).abs().amax(1, keepdim=True) / 7
@@ -636,7 +639,8 @@ def merging_is_lossless(ratio=0.01):
 @myth("A merged adapter can be subtracted again exactly.", "forum answers",
       Line("numbers of W that are not what they were, float32, percent", "exactly 0", ".0f", 3),
       Line("in bfloat16: ‖what comes back − W‖ / ‖W‖, percent", "", ".2f", 0.02),
-      right="W + dW was rounded, and subtracting dW does not bring the lost digits back: {0} % of W come back as other numbers. In float32 they differ in the last "
+      right="W + dW was rounded, and subtracting dW does not bring the lost digits back: {0} % of W come back as other numbers. In float32 they "
+            "differ in the last "
             "digits, in bfloat16 by {1} % of W's length. Keep W, and the adapter beside it.", lesson="02_adapter_life")
 def subtracts_exactly(back=lambda W, dW: (W + dW) - dW):
     changed, off, whole = [], 0.0, 0.0
