@@ -3,10 +3,9 @@
     @myth(the claim, where one meets it, Line(what, where it would have to lie), …, right=the sentence to say instead)
     def the_run(what_is_on_trial=…): return the numbers, in the order of the lines
 
-The argument of a run is what is on trial; tests/test_myths.py turns it into its opposite and sees the verdict turn. How a verdict is
-counted from
-the numbers: court.py. What several runs share (`trained`, `fresh`, `walk`, …): stage.py. Most are of the shipped tiny GPT, 24 adapted layers and 875,264
-parameters; `walk` takes two layers in float64.
+The argument of a run is what is on trial; tests/test_myths.py turns it into its opposite and sees the verdict turn. How a verdict is counted from
+the numbers: court.py. What several runs share (`trained`, `fresh`, `walk`, …): stage.py. Most are of the shipped tiny GPT, 24 adapted layers and
+875,264 parameters; `walk` takes two layers in float64.
 """
 
 import argparse
