@@ -30,14 +30,14 @@ def test_scale_is_the_packages(rslora_scale, alpha, rank, rslora):
         "√rank was rounded": alpha / int(root),
     } | ({"this is LoRA's own scale; rsLoRA divides by √rank": alpha / rank} if rslora else {})
     for name, wrong in mistakes.items():
-        assert math.isclose(want, wrong) or not math.isclose(got, wrong), f"{name} (alpha {alpha}, rank {rank}, rslora {rslora}: {want:.4g} is wanted, got {got:.4g})"
-    assert math.isclose(got, want), f"alpha {alpha}, rank {rank}, rslora {rslora}: {want:.4g} is wanted, got {got:.4g}"
+        assert math.isclose(want, wrong, rel_tol=1e-6) or not math.isclose(got, wrong, rel_tol=1e-6), f"{name} (alpha {alpha}, rank {rank}, rslora {rslora}: {want:.4g} is wanted, got {got:.4g})"
+    assert math.isclose(got, want, rel_tol=1e-6), f"alpha {alpha}, rank {rank}, rslora {rslora}: {want:.4g} is wanted, got {got:.4g}"
 
 
 def test_the_two_scales_meet_at_rank_one_and_part_by_the_root(rslora_scale):
     for rank in (1, 5, 64):
         ratio = rslora_scale(3.0, rank, True) / rslora_scale(3.0, rank, False)
-        assert math.isclose(ratio, math.sqrt(rank)), f"at rank {rank} rsLoRA's scale is √{rank} times LoRA's, yours {ratio:.4g} times"
+        assert math.isclose(ratio, math.sqrt(rank), rel_tol=1e-6), f"at rank {rank} rsLoRA's scale is √{rank} times LoRA's, yours {ratio:.4g} times"
 
 
 # dora_forward
