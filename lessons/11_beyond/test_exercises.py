@@ -399,8 +399,8 @@ def test_below_means_below(intruders):
     counted(intruders(W, new - W, 1, 0.0), 0, "the first direction of W + dW has |cosine| 0 with both of W's, and 0 is not below 0")
 
 
-def test_a_trained_lora_has_intruders(intruders):
-    """The triumph: a thin update as long as W and a thick one as long, both random. The thin one is heard among the first directions."""
+def test_a_thin_update_is_heard_where_a_thick_one_is_not(intruders):
+    """Both random, both 0.6 times as long as W. The thin one puts all its length into two directions."""
     W = draw(40, 60, seed=1) * torch.linspace(3, 0.2, 60).double()
     thin, thick = draw(40, 2, seed=2) @ draw(2, 60, seed=3), draw(40, 60, seed=4)
     thin, thick = (0.6 * W.norm() / M.norm() * M for M in (thin, thick))
