@@ -8,7 +8,7 @@
     kept      the same at two rates, seeds 0 to 2: each rank's own, and the one that was chosen for rank 1, where the two scales are one
 
 A seed is one of the random A, where there is one, and of the order of the batches. Losses are nats per byte. A run is never made twice:
-stopped, the same command goes on. About twelve minutes on one core.
+stopped, the same command goes on. About ten minutes on one core.
 """
 
 import json
