@@ -254,17 +254,23 @@ def pytest_terminal_summary(terminalreporter, config):
     if not ran:
         return
     terminalreporter.section("progress")
-    upcoming = None
+    upcoming, solved = None, set()
     for lesson, names in exercises().items():
         if lesson in ran:
             tests = tests_of(Path(__file__).parent / lesson)
             part = {name for name in names if name in config.stash[shortened] or passed[lesson, name] < tests[name]}      # of these not all tests were run
             marks = ["." if name in failed or not passed[lesson, name] else "?" if name in part else "#" for name in names]
+            solved.update(name for name, mark in zip(names, marks) if mark == "#")
             line = f"{lesson:<16} {''.join(marks):<8} {marks.count('#')}/{len(names)} solved"
             terminalreporter.write_line(line + ("   (?: not all of its tests were run)" if "?" in marks else ""))
             upcoming = upcoming or next(((lesson, name) for name, mark in zip(names, marks) if mark == "." and passed[lesson, name]), None)
     if upcoming:
         terminalreporter.write_line(f"next: {upcoming[1]} in lessons/{upcoming[0]}/exercises.py. {first_hint(*upcoming)}")
+    if (Path(__file__).parent / "capstone").exists():
+        from lessons.capstone.answers import board_line, needed
+
+        if needed().keys() <= ran:
+            terminalreporter.write_line(f"{'capstone':<16} {board_line(solved)}")
 
 
 def tests_of(folder: Path) -> dict[str, set[str]]:

@@ -1,0 +1,29 @@
+"""The picture of a capstone: how the loss fell, and what the model wrote before and after."""
+
+import math
+import textwrap
+
+from matplotlib.figure import Figure
+
+from minilora.plots import BLACK, BLUE, SKY, VERMILION, printable
+
+
+def card(report: dict) -> Figure:
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    curve, page = figure.subplots(1, 2, width_ratios=[1, 1.25])
+    curve.plot([nats / math.log(2) for nats in report["losses"]], color=SKY, label="training, one batch")
+    curve.plot([0, report["steps"]], [report["bits_before"], report["bits_after"]], "o", color=VERMILION, label="held out")
+    for at, key, side in ((0, "bits_before", "left"), (report["steps"], "bits_after", "right")):
+        curve.annotate(f"{report[key]:.2f}", (at, report[key]), (0, 7), textcoords="offset points", ha=side)
+    curve.set(xlabel="step", ylabel="bits per byte", title=f"The tiny GPT reads {printable(report['text'])}")
+    curve.margins(y=0.12)
+    curve.grid(alpha=0.25)
+    curve.legend()
+    page.axis("off")
+    for top, when, color in ((1.0, "before", BLACK), (0.52, "after", BLUE)):
+        lines = [part for line in report[f"sample_{when}"].strip("\n").splitlines() for part in textwrap.wrap(line, 72, drop_whitespace=False) or [""]][:7]
+        shown = "\n".join("".join(letter if letter.isascii() and letter.isprintable() else "·" for letter in line) for line in lines)
+        page.text(0, top, f"{when}, {report[f'bits_{when}']:.2f} bits per byte", va="top", fontsize=11, weight="bold", color=color)
+        page.text(0, top - 0.07, shown, va="top", fontsize=8.5, family="monospace", linespacing=1.5, color=color, parse_math=False)
+    figure.supxlabel(f"W untouched, bit for bit; adapter of {report['bytes']:,} bytes", fontsize=10)
+    return figure
