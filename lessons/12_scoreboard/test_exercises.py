@@ -108,6 +108,7 @@ def test_forgetting_is_read_where_both_have_learned_as_much(forgotten_at_equal_l
     got = forgotten_at_equal_learning(one, other)
     assert isinstance(got, (tuple, list)) and len(got) == 2 and None not in got, f"two numbers are wanted, got {got!r}"
     got = tuple(round(float(value), 9) for value in got)
+    assert not any(map(math.isnan, got)), f"a level that one run never came to: take the higher of the two lowest scores, {level}; got {got}"
 
     def read(level, at):
         return tuple(round(at(curve, level), 9) for curve in (one, other))
@@ -119,14 +120,12 @@ def test_forgetting_is_read_where_both_have_learned_as_much(forgotten_at_equal_l
         return next((kept + (lost - kept) * (before - level) / (before - after)
                      for (before, kept), (after, lost) in reversed([*zip(curve, curve[1:])]) if after <= level < before), math.nan)
 
-    low = min(min(score for score, _ in curve) for curve in (one, other))
     end = max(curve[-1][0] for curve in (one, other))
     unless(got, read(level, claims.forgotten_at), {
         "this is what both had forgotten at the end: it compares one that learned more with one that learned less": tuple(curve[-1][1] for curve in (one, other)),
         "the two are in the wrong order: of `one` first": read(level, claims.forgotten_at)[::-1],
         "this is the moment after the level was passed; take the straight line between the two moments around": read(level, nearest),
         "the level is the score at the end; the lowest of the curve may have been earlier": read(end, claims.forgotten_at),
-        "the level is the lower of the two lowest scores, and one run never came there": read(low, claims.forgotten_at),
         "this is the last time that the level was passed; the first is wanted": read(level, last),
     }, f"forgotten when both are at {level}")
 
@@ -213,24 +212,26 @@ PILOT = [0.12, 0.05, 0.19, 0.09]                                          # s = 
 SPREAD = [1.0, 2.0, 4.0, 4.5, 7.5]                                        # s = 2.515
 
 
+REACHES = (4.0, 2.0, 1.3, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.45)        # in standard deviations of the pilot
+
+
 @pytest.mark.parametrize("pilot", [PILOT, SPREAD], ids=["four of a pilot", "five of a pilot"])
-@pytest.mark.parametrize("reach", [4.0, 2.0, 1.3, 1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.45])
-def test_so_many_seeds_and_not_one_fewer(enough_seeds, pilot, reach):
+def test_so_many_seeds_and_not_one_fewer(enough_seeds, pilot):
     s, size = statistics.stdev(pilot), len(pilot)
-    reach *= s
 
-    def first(far):
-        return next((n for n in range(3, 51) if far(n) <= reach), None)
+    def all_by(far):
+        return [next((n for n in range(3, 51) if far(n) <= reach * s), None) for reach in REACHES]
 
-    unless(enough_seeds(pilot, reach), seeds_needed(s, reach), {
-        "this takes 1.96 for t: a few seeds need more": first(lambda n: 1.95996 * s / math.sqrt(n)),
-        "t is the pilot's; it depends on the seeds planned": first(lambda n: student_t(0.975, size - 1) * s / math.sqrt(n)),
-        "t has n − 1 degrees of freedom, not n": first(lambda n: student_t(0.975, n) * s / math.sqrt(n)),
-        "t is the 0.95 quantile: a tenth of such intervals would miss": first(lambda n: student_t(0.95, n - 1) * s / math.sqrt(n)),
-        "s is divided by the number of values; by one less is wanted": first(lambda n: student_t(0.975, n - 1) * statistics.pstdev(pilot) / math.sqrt(n)),
-        "√n is missing: the mean of n is steadier than one": first(lambda n: student_t(0.975, n - 1) * s),
-        "the whole width is held to reach; it is meant to one side": first(lambda n: 2 * student_t(0.975, n - 1) * s / math.sqrt(n)),
-    }, f"a spread of {s:.3f}, known to ± {reach:.3f}")
+    got, want = [enough_seeds(pilot, reach * s) for reach in REACHES], [seeds_needed(s, reach * s) for reach in REACHES]
+    unless(got, want, {
+        "this takes 1.96 for t: a few seeds need more": all_by(lambda n: 1.95996 * s / math.sqrt(n)),
+        "t is the pilot's; it depends on the seeds planned": all_by(lambda n: student_t(0.975, size - 1) * s / math.sqrt(n)),
+        "t has n − 1 degrees of freedom, not n": all_by(lambda n: student_t(0.975, n) * s / math.sqrt(n)),
+        "t is the 0.95 quantile: a tenth of such intervals would miss": all_by(lambda n: student_t(0.95, n - 1) * s / math.sqrt(n)),
+        "s is divided by the number of values; by one less is wanted": all_by(lambda n: student_t(0.975, n - 1) * statistics.pstdev(pilot) / math.sqrt(n)),
+        "√n is missing: the mean of n is steadier than one": all_by(lambda n: student_t(0.975, n - 1) * s),
+        "the whole width is held to reach; it is meant to one side": all_by(lambda n: 2 * student_t(0.975, n - 1) * s / math.sqrt(n)),
+    }, f"seeds for a spread of {s:.3f}, known to ± " + ", ".join(f"{reach * s:.3f}" for reach in REACHES))
 
 
 @pytest.mark.parametrize("pilot, reach", [(PILOT, 10.0), ([0.3, 0.3, 0.3], 0.01)])
@@ -258,25 +259,42 @@ def test_fifty_are_the_most(enough_seeds):
 
 # believe
 
-@pytest.mark.parametrize("p_values, rate, want", [
+TABLES = [
     ([0.01, 0.024, 0.9, 0.037], 0.05, [True, True, False, True]),
     ([0.024, 0.9, 0.6, 0.02], 0.05, [True, False, False, True]),              # the smallest is above its own line, and comes with the second
+    ([0.035, 0.005, 0.9, 0.039, 0.019], 0.05, [True, True, False, True, True]),  # the third of five is above its line, the fourth below
     ([0.04, 0.9], 0.05, [False, False]), ([0.04, 0.05], 0.05, [True, True]), ([0.04], 0.05, [True]), ([0.06], 0.05, [False]),
     ([0.05, 0.05, 0.05], 0.05, [True, True, True]), ([0.2, 0.001, 0.12], 0.3, [True, True, True]), ([0.21, 0.001, 0.25], 0.2, [False, True, False]),
-    ([0.0, 0.0, 1.0], 0.05, [True, True, False]), ([1.0, 1.0], 0.05, [False, False]), ([], 0.05, [])])
-def test_of_those_believed_few_are_wrong(believe, p_values, rate, want):
-    got, m = believe(p_values, rate), len(p_values)
-    assert isinstance(got, list) and len(got) == m, f"a list of {m} answers is wanted, got {got!r}"
-    got, order = [bool(each) for each in got], sorted(p_values)
-    stop = next((k for k, p in enumerate(order) if p > rate * (k + 1) / m), m)
-    unless(got, want, {
-        "each is tested alone, as if it were the only one": [p <= rate for p in p_values],
-        "every one is held to rate / m: that is Bonferroni, and too strict here": [p <= rate / m for p in p_values],
-        "this stops at the first that is above its line; the largest k counts": [p in order[:stop] for p in p_values],
-        "the answers stand in the order of the sorted p-values": [p in [q for q, yes in zip(p_values, want) if yes] for p in order],
-        "only those below their own line are believed; all smaller ones come with the largest": [p <= rate * (order.index(p) + 1) / m for p in p_values],
-        "these are the ones not to believe": [not yes for yes in want],
-    }, f"p = {p_values}, rate {rate}")
+    ([0.0, 0.0, 1.0], 0.05, [True, True, False]), ([1.0, 1.0], 0.05, [False, False]), ([], 0.05, [])]
+
+
+def test_of_those_believed_few_are_wrong(believe):
+    got = []
+    for p_values, rate, _ in TABLES:
+        answers = believe(p_values, rate)
+        assert isinstance(answers, list) and len(answers) == len(p_values), f"a list of {len(p_values)} answers is wanted, got {answers!r}"
+        got.append([*map(bool, answers)])
+
+    def all_by(rule):
+        return [rule(p_values, sorted(p_values), rate, len(p_values), yes) for p_values, rate, yes in TABLES]
+
+    def stops(p_values, order, rate, m, yes):
+        return [p in order[:next((k for k, q in enumerate(order) if q > rate * (k + 1) / m), m)] for p in p_values]
+
+    want = [yes for _, _, yes in TABLES]
+    for name, wrong in {
+        "each is tested alone, as if it were the only one": all_by(lambda p_values, order, rate, m, yes: [p <= rate for p in p_values]),
+        "every one is held to rate / m: that is Bonferroni, and too strict here": all_by(lambda p_values, order, rate, m, yes: [p <= rate / m for p in p_values]),
+        "this stops at the first that is above its line; the largest k counts": all_by(stops),
+        "the answers stand in the order of the sorted p-values": all_by(lambda p_values, order, rate, m, yes: [yes[p_values.index(p)] for p in order]),
+        "only those below their own line are believed; all smaller ones come with the largest":
+            all_by(lambda p_values, order, rate, m, yes: [p <= rate * (order.index(p) + 1) / m for p in p_values]),
+        "the rate is always 0.05; it is an argument": all_by(lambda p_values, order, rate, m, yes: discoveries(p_values, 0.05)),
+        "these are the ones not to believe": all_by(lambda p_values, order, rate, m, yes: [not each for each in yes]),
+    }.items():
+        assert got == want or got != wrong, name
+    for (p_values, rate, yes), each in zip(TABLES, got):
+        assert each == yes, f"p = {p_values}, rate {rate}: {yes} is wanted, got {each}"
 
 
 def test_believed_as_by_the_package(believe):

@@ -99,7 +99,7 @@ def forgotten_at_equal_learning__last_score(one: list[list[float]], other: list[
     return _at(one, level), _at(other, level)
 
 
-@provokes("one run never came there")
+@provokes("a level that one run never came to")
 def forgotten_at_equal_learning__lowest_of_all(one: list[list[float]], other: list[list[float]]) -> tuple[float, float]:
     level = min(score for score, _ in one + other)
     return tuple(_at(curve, level) if min(curve)[0] <= level else math.nan for curve in (one, other))
@@ -277,6 +277,11 @@ def believe__sorted(p_values: list[float], rate: float = 0.05) -> list[bool]:
 def believe__own_line(p_values: list[float], rate: float = 0.05) -> list[bool]:
     ordered = sorted(p_values)
     return [p <= rate * (ordered.index(p) + 1) / len(ordered) for p in p_values]
+
+
+@provokes("the rate is always 0.05")
+def believe__fixed_rate(p_values: list[float], rate: float = 0.05) -> list[bool]:
+    return discoveries(p_values, 0.05)
 
 
 def _d(runs, task, one, other):
