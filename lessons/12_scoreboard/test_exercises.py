@@ -46,7 +46,8 @@ def test_of_two_equally_near_the_higher(rank_at_budget, trained, budget, want):
 
 
 @pytest.mark.parametrize("trained, budget, want", [
-    ({6: 900}, 1000, 6), ({6: 1100}, 1000, 6), ({6: 899}, 1000, None), ({6: 1101}, 1000, None), ({2: 30, 4: 60, 6: 90}, 75, None), ({1: 67, 2: 134}, 75, None), ({1: 69, 2: 135}, 75, 1)])
+    ({6: 900}, 1000, 6), ({6: 1100}, 1000, 6), ({6: 899}, 1000, None), ({6: 1101}, 1000, None),
+    ({2: 30, 4: 60, 6: 90}, 75, None), ({1: 67, 2: 134}, 75, None), ({1: 69, 2: 135}, 75, 1)])
 def test_a_tenth_off_is_in_and_more_is_out(rank_at_budget, trained, budget, want):
     got = rank_at_budget(trained, budget)
     assert got == want, (f"{trained} at budget {budget:,}: {want} is wanted, got {got}: "
@@ -302,14 +303,16 @@ def test_believed_as_by_the_package(believe):
     for size in (3, 12, 40):
         for _ in range(5):
             p_values = [float(p) for p in dice.uniform(size=size) ** 3]
-            assert list(map(bool, believe(p_values))) == discoveries(p_values, 0.05), f"of {size} p-values others are believed than by Benjamini and Hochberg's rule, rate 0.05"
+            got = [*map(bool, believe(p_values))]
+            assert got == discoveries(p_values, 0.05), f"of {size} p-values others are believed than by Benjamini and Hochberg's rule, rate 0.05"
 
 
 # verdict
 
 def played(entry, scores, task="voice", first=0):
     """Records as in the results file, one a seed."""
-    return [{**entry.key, "task": task, "seed": seed, "lr": 0.01, "scores": {"bits_per_byte": score, "forgotten": 1.0 + seed, "intruders": 0.5}, "costs": {"trainable_parameters": 10}}
+    return [{**entry.key, "task": task, "seed": seed, "lr": 0.01, "scores": {"bits_per_byte": score, "forgotten": 1.0 + seed, "intruders": 0.5},
+             "costs": {"trainable_parameters": 10}}
             for seed, score in enumerate(scores, first)]
 
 
@@ -326,7 +329,8 @@ def game(gain, noise=1.0, one=LORA, other=FULL):
 
 SURE = [1e-6] * 10
 CASES = [
-    (0.2, 1.0, 0.0, 0.05, "shown"), (-0.2, 1.0, 0.0, 0.05, "contradicted"), (0.03, 1.0, 0.0, 0.05, "shown"), (0.001, 1.0, 0.0, 0.05, "contradicted"), (0.03, 20.0, 0.0, 0.05, "open"),
+    (0.2, 1.0, 0.0, 0.05, "shown"), (-0.2, 1.0, 0.0, 0.05, "contradicted"), (0.03, 1.0, 0.0, 0.05, "shown"),
+    (0.001, 1.0, 0.0, 0.05, "contradicted"), (0.03, 20.0, 0.0, 0.05, "open"),
     (-0.03, 1.0, -0.05, -0.05, "shown"), (-0.07, 1.0, -0.05, -0.05, "contradicted"), (-0.05, 1.0, -0.05, -0.05, "open"), (0.3, 1.0, -0.05, -0.05, "shown"),
 ]
 
@@ -344,8 +348,10 @@ def test_the_verdict_follows_from_line_and_worth(verdict, gain, noise, line, wor
     if want == "contradicted" and gain > line:
         hints["open"] = "it may be above the line, but what may be gained is surely below worth: that is contradicted"
     if want == "open":
-        hints = {"shown": "the mean is above the line, but not surely: test it", "contradicted": "not shown is not contradicted: that needs a test of its own, against worth"}
-    assert got == want, f"{hints.get(got, 'the answer is one of the words shown, contradicted, open')} (a gain of {gain} ± {0.008 * noise:.3f}, line {line}, worth {worth}: {want} is wanted, got {got})"
+        hints = {"shown": "the mean is above the line, but not surely: test it",
+                 "contradicted": "not shown is not contradicted: that needs a test of its own, against worth"}
+    assert got == want, (f"{hints.get(got, 'the answer is one of the words shown, contradicted, open')} "
+                         f"(a gain of {gain} ± {0.008 * noise:.3f}, line {line}, worth {worth}: {want} is wanted, got {got})")
 
 
 def test_seeds_are_paired_whatever_the_order(verdict):
@@ -393,7 +399,8 @@ def test_the_whole_table_decides(verdict):
     got = verdict(runs, "voice", LORA, FULL, 0.0, 0.0, [0.9] * 50)
     assert got == "open", f"of 52 tests one with p = {p:.3f} is no surprise, so it is open, got {got}: others belong to the table"
     got = verdict(runs, "voice", LORA, FULL, 0.0, 0.0, [p / 2] * 50, 0.025)
-    assert got == "shown", f"with 50 others of smaller p-values it is believed even at a rate of 0.025: shown is wanted, got {got}: Benjamini and Hochberg, and not Bonferroni"
+    assert got == "shown", (f"with 50 others of smaller p-values it is believed even at a rate of 0.025: shown is wanted, got {got}: "
+                            "Benjamini and Hochberg, and not Bonferroni")
     got = verdict(runs, "voice", LORA, FULL, 0.0, 0.0, [], 0.02)
     assert got == "open", f"alone at a rate of 0.02 it is not believed: open is wanted, got {got}; is `rate` used?"
 
@@ -423,12 +430,14 @@ def agrees(verdict, content, task):
         claim = next(claim for claim in claims.CLAIMS if claim.key == key)
         got = verdict(content["runs"], task, one, other, claim.line, claim.line if claim.worth is None else claim.worth, at_the_table(content, key, task))
         want = judged[key, task]
-        assert got == want.says, f"{claim.headline}, {task}: the published verdict is {want.says} ({want.mean:+.3f} [{want.low:+.3f}, {want.high:+.3f}]), yours is {got}"
+        assert got == want.says, (f"{claim.headline}, {task}: the published verdict is {want.says} "
+                                  f"({want.mean:+.3f} [{want.low:+.3f}, {want.high:+.3f}]), yours is {got}")
 
 
 def test_it_judges_as_the_package_does(verdict, not_exact):
     runs = []
-    for task, spread, behind in (("voice", 0.3, {LORA: 0.03, claims.LOW: 0.045, HIGH: 0.06, VERA: 0.2}), ("facts", 4.0, {LORA: 0.01, claims.LOW: 0.08, HIGH: -0.03, VERA: 0.02})):
+    for task, spread, behind in (("voice", 0.3, {LORA: 0.03, claims.LOW: 0.045, HIGH: 0.06, VERA: 0.2}),
+                                 ("facts", 4.0, {LORA: 0.01, claims.LOW: 0.08, HIGH: -0.03, VERA: 0.02})):
         for place, (entry, gap) in enumerate({FULL: 0.0, **behind}.items()):
             runs += played(entry, [score + gap + spread * NOISE[(seed * (place + 1) + place) % 6] for seed, score in enumerate(BATCHES)], task)
     content = {"runs": runs, "grid": []}

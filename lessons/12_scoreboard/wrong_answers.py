@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 
+import numpy as np
 import torch
 
 from lessons import provokes
@@ -184,6 +185,12 @@ def bootstrap_interval__global_random(values: list[float], share: float = 0.95, 
     return _drawn(values, share, draws, random.random())
 
 
+@provokes("the random state of numpy has moved")
+def bootstrap_interval__global_numpy(values: list[float], share: float = 0.95, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    np.random.seed(seed)
+    return tuple(np.quantile(np.random.choice(values, (draws, len(values))).mean(1), [(1 - share) / 2, (1 + share) / 2]))
+
+
 @provokes("use float64")
 def bootstrap_interval__float32(values: list[float], share: float = 0.95, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
     dice = torch.Generator().manual_seed(seed)
@@ -351,7 +358,8 @@ def verdict__diverged_left_out(runs: list[dict], task: str, one: Entry, other: E
 
 @provokes("whose record is it")
 def verdict__by_method_alone(runs: list[dict], task: str, one: Entry, other: Entry, line: float, worth: float, others: list[float], rate: float = 0.05) -> str:
-    ours, theirs = ({run["seed"]: run["scores"]["bits_per_byte"] or math.nan for run in runs if run["task"] == task and run["method"] == entry.method} for entry in (one, other))
+    ours, theirs = ({run["seed"]: run["scores"]["bits_per_byte"] or math.nan for run in runs if run["task"] == task and run["method"] == entry.method}
+                    for entry in (one, other))
     return _says([theirs[seed] - ours[seed] for seed in ours.keys() & theirs.keys()], line, worth, others, rate)
 
 
