@@ -17,7 +17,7 @@ NAMES = {
     "full": Entry("full"), "LoRA, rank 64": Entry("lora", rank=64), "rsLoRA, rank 64": Entry("rslora", rank=64), "AdaLoRA, 12 to 8": Entry("adalora"),
     "DoRA": Entry("dora"), "LoRA": Entry("lora"), "LoRA+": Entry("lora-plus"), "Delta-LoRA": Entry("delta-lora"), "rsLoRA": Entry("rslora"),
     "PiSSA": Entry("pissa"), "LoRA-drop": Entry("lora-drop"), "AdaLoRA, 8 to 5": Entry("adalora", rank=5), "DoRA, rank 4": Entry("dora", rank=4),
-    "LoRA-FA": Entry("lora-fa"), "LoRA, rank 1": Entry("lora", rank=1), "VeRA, rank 64": Entry("vera"), "LoRA, 4-bit base": Entry("lora", "nf4"),
+    "LoRA-FA, rank 16": Entry("lora-fa", rank=16), "LoRA-FA": Entry("lora-fa"), "LoRA, rank 1": Entry("lora", rank=1), "VeRA, rank 64": Entry("vera"), "LoRA, 4-bit base": Entry("lora", "nf4"),
     "QLoRA": Entry("qlora", "nf4"), "LoftQ": Entry("loftq", "nf4"), "QPiSSA": Entry("qpissa", "nf4"),
 }
 TASKS = {"voice": "the tiny world told in another voice", "facts": "80 facts told again and again, scored in the words that told them",

@@ -753,27 +753,28 @@ def test_every_published_rate_follows_from_the_published_search(tmp_path, monkey
     published, results = compare.read(compare.PUBLISHED), Results(tmp_path / "results.json", {"settings": {}, "cpu_seconds": 0})
     results.content["search"], used = published["search"], set()
     find = Results.find
-    monkeypatch.setattr(Results, "find", lambda self, part, **key: used.add(tuple(key.values())) or find(self, part, **key))
+    monkeypatch.setattr(Results, "find", lambda self, part, entry, **key: used.add((entry, *key.values())) or find(self, part, entry, **key))
     monkeypatch.setattr(Settings, "trial", lambda *_: pytest.fail("a search run is missing"))
-    chosen = {(run["task"], run["method"], run["base"], run["rank"]): run["lr"] for run in published["runs"]}
-    assert len(chosen) == len({(*key, run["lr"]) for run in published["runs"] for key in [(run["task"], run["method"], run["base"], run["rank"])]})
-    for (name, *entry), lr in chosen.items():
-        assert compare.search(Entry(*entry), name, compare.TASKS[name](), Settings(), results) == lr
-    assert len(used) == len(published["search"]) == 8 * len(chosen)
+    chosen = {(run["task"], Entry.of(run), run["lr"]) for run in published["runs"]}
+    assert len(chosen) == len({(task, entry) for task, entry, _ in chosen})
+    tasks = {name: compare.TASKS[name]() for name in published["about"]["tasks"]}
+    for name, entry, lr in chosen:
+        assert compare.search(entry, name, tasks[name], Settings(), results) == lr
+    assert len(used) == len(published["search"]) == 5 * len(chosen)
 
 
 def test_the_published_fight_is_whole():
-    """Every entry on every task, five paired seeds, at the costs that the formulas tell."""
+    """Of each task the same entries, each with the same seeds, of the length that is written down, at the costs that the formulas tell."""
     published = compare.read(compare.PUBLISHED)
-    lineup = {*entries(), *at_budget(73_728, 100), *claims.LINEUP}
-    for name in compare.TASKS:
-        assert {*scoreboard.entries_of(published["runs"], name)} == lineup
-        for entry in lineup:
-            assert sorted(score_of(published["runs"], name, entry)) == [0, 1, 2, 3, 4]
-    assert published["about"]["command"].startswith("python -m minilora compare --task voice,facts,sums --seeds 5 ") and published["about"]["versions"]
-    parameters = {entry: trained(entry) for entry in lineup if entry.method != "lora-drop"}       # there the data decide
-    for run in published["runs"]:
-        entry = Entry(run["method"], run["base"], run["rank"])
-        assert run["scores"]["bits_per_byte"] is not None and ("exact_match" in run["scores"]) == (run["task"] != "voice")
+    runs, about = published["runs"], published["about"]
+    lineups = [{*scoreboard.entries_of(runs, name)} for name in about["tasks"]]
+    assert all(set(claims.FIRST[:4]) <= lineup for lineup in lineups) and about["command"] == "python benchmarks/fight.py" and about["cpu_seconds"] > 0
+    parameters = {entry: trained(entry) for lineup in lineups for entry in lineup if entry.method != "lora-drop"}       # there the data decide
+    seeds = {name: {run["seed"] for run in runs if run["task"] == name} for name in about["tasks"]}
+    assert all(set(score_of(runs, name, entry)) >= seeds[name] & set(range(4)) == set(range(4)) for name, lineup in zip(about["tasks"], lineups) for entry in lineup)
+    for run in runs:
+        entry, scores = Entry.of(run), run["scores"]
+        assert scores["bits_per_byte"] is not None and ("exact_match" in scores) == (run["task"] in ("facts", "sums")) and len(scores["curve"]) == 11
+        assert run["steps"] == Settings(about["settings"]["steps"][run["task"]]).of(entry).steps and ("intruders" in scores) == (entry.base == "fp32")
         assert run["costs"]["trainable_parameters"] == parameters.get(entry, run["costs"]["trainable_parameters"])
         assert run["costs"]["gradient_bytes"] == 4 * run["costs"]["trainable_parameters"]

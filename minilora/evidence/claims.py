@@ -35,7 +35,7 @@ LOW, HIGH, HIGH_RS, HALF = Entry("lora", rank=1), Entry("lora", rank=64), Entry(
 SMALLER = Entry("adalora", rank=5)
 LINEUP = (LOW, HIGH, HIGH_RS, HALF, SMALLER, LORA_NF4)          # what the claims need beyond compare's own entries
 PRESETS = [Entry("rslora"), Entry("qlora", "nf4"), Entry("qpissa", "nf4")]                       # which no claim is about
-FIRST = [FULL, LORA, LOW, HIGH, Entry("vera"), Entry("lora-plus"), LORA_NF4, Entry("adalora"), HALF, HIGH_RS, Entry("pissa")]
+FIRST = [FULL, LORA, LOW, HIGH, Entry("lora-fa"), Entry("lora-fa", rank=16), Entry("vera"), Entry("lora-plus"), LORA_NF4, Entry("adalora"), HALF, HIGH_RS, Entry("pissa")]
 PUBLISHED_LINEUP = [entry for entry in dict.fromkeys([*FIRST, *entries(), *LINEUP]) if entry not in PRESETS]
 ATTENTION, MLP = Entry("lora", rank=10, only="attention"), Entry("lora", only="mlp")             # 40,960 trained parameters each
 ZERO_A = Entry("lora", zero="A")
