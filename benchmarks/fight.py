@@ -17,6 +17,7 @@
 import argparse
 import statistics
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -98,7 +99,10 @@ def publish() -> None:
     """All stages but the pilot as one file, and what the pilot said."""
     files = sorted(file for file in FOLDER.glob("*/results.json") if not file.parent.name.startswith("pilot"))
     whole = compare.joined([compare.read(file) for file in files])
-    whole["about"]["pilot"] = {task: {} for task in compare.TASKS}
+    made = Counter((run["task"], Entry.of(run)) for run in whole["runs"])
+    for part in ("search", "runs"):                        # an entry whose runs are not all there waits
+        whole[part] = [record for record in whole[part] if made[record["task"], Entry.of(record)] >= SEEDS]
+    whole["about"]["pilot"] = {task: {} for task in whole["about"]["tasks"]}
     for task, about in whole["about"]["pilot"].items():
         for steps in (200, 400, 800):
             runs = compare.read(FOLDER / f"pilot-{steps}-{task}" / "results.json")["grid"]
