@@ -1,0 +1,3 @@
+"""Mutants of the solutions that are no mistakes: (exercise, the line as changed by machine): why it does the same."""
+
+EQUIVALENT = {}
