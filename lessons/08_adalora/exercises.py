@@ -56,7 +56,7 @@ def keep_best(importance: Tensor, budget: int) -> Tensor:
     """Who stays in: True for the `budget` most important triplets of all layers together, exactly so many, also where importances tie.
 
     Of equals the lower k goes first, and of equal k the earlier layer. 0 <= budget <= r · layers.
-    importance: (r, layers), row k has the k-th triplet of each layer   ->   (r, layers), bool
+    importance: (r, layers), row k has the k-th triplet of each layer   ->   (r, layers), bool: there is no gradient through a choice.
     """
     raise NotImplementedError
 

@@ -39,12 +39,11 @@ def budget(step: int, total: int, warmup: int, final: int, first: int, last: int
     """Fast at first, while there is much to cut, and slow where every cut hurts."""
     if step >= total - max(final, 1):
         return last
-    if step <= warmup:
-        return first
-    to_go = 1 - (step - warmup) / (total - final - warmup)
-    return int(last + (first - last) * to_go**3)
+    gone = max(step - warmup, 0) / (total - final - warmup)
+    return int(last + (first - last) * (1 - gone) ** 3)
 
 
+@torch.no_grad()
 def keep_best(importance: Tensor, budget: int) -> Tensor:
     """A stable sort leaves equals in their order, and the order of (r, layers) laid flat is just the one that is asked for."""
     best = importance.flatten().argsort(descending=True, stable=True)[:budget]

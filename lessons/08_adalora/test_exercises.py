@@ -99,8 +99,9 @@ def test_distance_of_orthogonal_directions_is_that_of_their_lengths(orthogonalit
 
 
 def test_distance_has_a_gradient_and_a_dtype(orthogonality):
-    got = orthogonality([draw(7, 3).float()], [draw(3, 5, seed=1).float()])
-    assert got.dtype == torch.float32, f"float32 factors give a float32 number, got {got.dtype}"
+    for dtype in (torch.float32, torch.bfloat16):
+        got = orthogonality([draw(7, 3, dtype=dtype)], [draw(3, 5, seed=1, dtype=dtype)])
+        assert got.dtype == dtype and got.shape == (), f"factors in {dtype} give one number, (), in {dtype}; got {got.dtype} of shape {tuple(got.shape)}"
     leaves = draw(7, 3).requires_grad_(), draw(3, 5, seed=1).requires_grad_()
     got = orthogonality([leaves[0]], [leaves[1]])
     assert got.requires_grad, "no gradient comes out, and a penalty works through its gradient alone"
@@ -277,6 +278,8 @@ def test_ties_in_the_middle(keep_best):
 def test_tiny_importances_are_ranked_too(keep_best):
     got = keep_best(torch.tensor([[1e-21, 3e-20], [2e-20, 4e-22]]), 2)
     assert got.tolist() == [[False, True], [True, False]], f"importances are products of small numbers: only their order counts, got {got.tolist()}"
+    near = torch.tensor([[1.0, 1.0 + 1e-12], [1.0 + 3e-12, 1.0 + 2e-12]], dtype=torch.float64)
+    assert keep_best(near, 2).tolist() == [[False, False], [True, True]], "float64 importances that differ by 1e-12 are not equal: rank the numbers as they are"
 
 
 def test_keeping_is_the_packages(keep_best):
@@ -313,7 +316,7 @@ def at(masks):
 
 @pytest.mark.parametrize("rank, layers, cut", [(3, 2, 2), (4, 3, 0)])
 def test_film_shows_the_cut_and_the_return(revive, rank, layers, cut):
-    lams, train_step, made = acts(lambda step: 1 + draw(rank, layers).abs(), 0.5)
+    lams, train_step, made = acts(lambda step: draw(rank, layers), 0.5)                 # of both signs
     mask = draw(rank, layers, seed=3) > 0
     film = revive(lams, train_step, at({cut: mask}), 5)
     assert made == [0, 1, 2, 3, 4], f"train_step is called once for each step, 0 to 4, in this order; it was called with {made}"
@@ -338,6 +341,7 @@ def test_cut_touches_nothing_else(revive):
     for i, lam in enumerate(lams):
         assert lam.requires_grad, "lam is no longer trained, so it can never come back"
         assert lam.grad is not None and lam.grad.all(), "the gradients were touched: only the numbers of lam are set to zero"
+        assert not lam[~mask[:, i]].any(), "what is cut is set to zero, exactly"
         must_equal(lam.detach(), want[:, i] * mask[:, i], {"the kept ones were changed too: set to 1 or added to": mask[:, i].double()}, f"lam of layer {i} after the cut")
 
 
@@ -353,6 +357,16 @@ def test_choose_is_asked_after_the_step_and_once(revive):
     assert [step for step, _ in asked] == [0, 1, 2, 3], f"choose is asked once for each step, in order; it was asked for {[step for step, _ in asked]}"
     assert all(so_far == step + 1 for step, so_far in asked), "choose is asked before the step is made: first train_step(step), then choose(step)"
     assert [list(frame) for frame in film] == [[1, 1], [2, 2], [1, 1], [2, 2]], f"cut at steps 0 and 2, all back at 1 and 3: [[1, 1], [2, 2], [1, 1], [2, 2]], got {film}"
+
+
+def test_film_counts_what_is_there(revive):
+    """Triplet 1 of layer 0 has nothing to do, so it does not come back; at step 3 everything is cut."""
+    lams, train_step, _ = acts(lambda step: torch.tensor([[-2.0, 1.0], [0.0, 0.5]]).double(), 0.5)
+    film = [list(frame) for frame in revive(lams, train_step, at({1: torch.tensor([[True, False], [False, True]]), 3: torch.zeros(2, 2, dtype=torch.bool)}), 5)]
+    assert film[0] == [1, 2], f"what is not zero is counted, of either sign: [1, 2] after step 0, the film shows {film[0]}"
+    assert film[2] == [1, 2], f"a triplet without a gradient does not come back: [1, 2] after step 2, the film shows {film[2]}; count, do not assume"
+    assert film[3] == [0, 0], f"a mask of False cuts everything, the film shows {film[3]} after it"
+    assert film == [[1, 2], [1, 1], [1, 2], [0, 0], [1, 2]], f"the film should be [[1, 2], [1, 1], [1, 2], [0, 0], [1, 2]], it is {film}"
 
 
 def test_no_steps_no_film(revive):
