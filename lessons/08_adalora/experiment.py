@@ -4,15 +4,21 @@
     say       then each triplet is looked at: its importance (Ī U, smoothed, as in the paper), the same of this step alone (|lam · dL/dlam|), its
               size (‖dW‖ of this triplet alone, without s), and its price: how much the held-out loss rises while it alone is out (lam_k = 0), on a
               held-out part that no report uses (`voice.choosing()`). The same price for whole layers
+    estimate  after the same 40 steps: −lam_k · dL/dlam_k, with L the very loss that the price is taken from: what the first derivative says of each price
     cut       each editor keeps 48 of the 144, an average of 2 a layer, at once; the held-out loss right after that cut, and after 60 further steps
               in which what was cut stays cut
     none      60 further steps, and nobody cuts
     gradual   60 further steps of AdaLoRA itself: the budget falls from 144 to 48 over the next 40, a cut every 5, what was cut may come back
-    lot       as `cut`, drawn by lot
+    two       nobody cuts: 100 steps with rank 2 in every layer from the start, and the same s
+    penalty   40 steps without a cut, with the orthogonality penalty weighed 0, 0.1 and 1. Afterwards: the mean of ‖PᵀP − 1‖ and ‖QQᵀ − 1‖; and `overlap`,
+              Σ ‖dW‖² over the sum of each triplet's own ‖·‖², which is 1 where triplets stand at right angles. Seeds 0, 1, 2
 
-An editor sees what `say` saw, no more: `importance`, `size`, `price` keep the largest; `fair` keeps the two most important of each layer. All
-start from the same model and the same moments of AdamW, and read the same batches, so that differences are paired by seed. One rate for all,
-falling linearly to 0 over the 100 steps. Losses are nats per byte. A run is never made twice: stopped, the same command goes on. About four
+    revival   60 steps of AdaLoRA without a warm-up, 15 of them final, with a cut every 1, 5 or 15 steps: how many of the 144 were cut at some cut before
+              the last (`cut_before`), and how many of these stay in at the end (`returned`). Seeds 0, 1, 2
+
+An editor sees what `say` saw, no more: `importance`, `size`, `price` keep the largest, `lot` draws; `fair` keeps the two most important of each layer.
+All but `two`, `penalty` and `revival` start from the same model and the same moments of AdamW, and all read the same batches, so that differences are paired by
+seed. One rate for all, falling linearly to 0. Losses are nats per byte. A run is never made twice: stopped, the same command goes on. About five
 minutes on one core.
 """
 
@@ -36,8 +42,9 @@ EDITORS = ("importance", "size", "price", "fair", "lot")
 class Run:
     """One seed's model, its optimizer, and how far it has come."""
 
-    def __init__(self, seed: int):
-        self.method = ml.AdaLoRA(RANK, TARGET, ALPHA, total_steps=STEPS, warmup_steps=WARM_UP - 1, final_steps=FINAL, interval=INTERVAL)
+    def __init__(self, seed: int, **others):
+        self.method = ml.AdaLoRA(**{"initial_rank": RANK, "target_rank": TARGET, "alpha": ALPHA, "total_steps": STEPS, "warmup_steps": WARM_UP - 1,
+                                    "final_steps": FINAL, "interval": INTERVAL} | others)
         torch.manual_seed(seed)
         self.model = ml.adapt(ml.load_base(), self.method)
         self.optimizer = torch.optim.AdamW(self.method.parameter_groups(self.model, LR))
@@ -51,7 +58,7 @@ class Run:
         """mask: (r, layers), what stays in; cuts: AdaLoRA cuts by itself."""
         batches = self.voice.batches(ROWS, CONTEXT, self.seed)
         for step in steps:
-            self.optimizer.param_groups[0]["lr"] = LR * (1 - step / STEPS)
+            self.optimizer.param_groups[0]["lr"] = LR * (1 - step / self.method.total_steps)
             self.optimizer.zero_grad()
             (ml.next_byte_loss(self.model, *batches(step)) + self.method.penalty(self.model)).backward()
             self.optimizer.step()
@@ -83,6 +90,15 @@ class Run:
 
     def loss(self, windows: Tensor | None = None) -> float:
         return ml.held_out_loss(self.model, self.voice.held_out(CONTEXT + 1) if windows is None else windows)
+
+
+def estimate(run: Run) -> list[list]:
+    """(r, layers): by how much the loss would rise without the triplet, were it a straight line in lam."""
+    windows = run.voice.choosing().held_out(CONTEXT + 1)[:24]
+    loss = ml.next_byte_loss(run.model, windows[:, :-1], windows[:, 1:])
+    slopes = torch.autograd.grad(loss, [layer.lam for layer in run.layers])
+    found = torch.stack([-layer.lam.detach() * slope for layer, slope in zip(run.layers, slopes)], dim=1)
+    return [[float(f"{number:.5g}") for number in row] for row in found.tolist()]
 
 
 @torch.no_grad()
@@ -118,6 +134,25 @@ def choose(editor: str, said: dict[str, list], seed: int) -> Tensor:
     return mask.view(RANK, layers)
 
 
+@torch.no_grad()
+def angles(run: Run) -> dict[str, float]:
+    """How far from orthonormal, and how much the triplets overlap."""
+    alone = sum((layer.lam.square() * layer.P.square().sum(0) * layer.Q.square().sum(1)).sum().item() for layer in run.layers)
+    together = sum((layer.delta_weight() / layer.scale).square().sum().item() for layer in run.layers)
+    return {"distance": round(ml.AdaLoRA(RANK, orthogonal_weight=1.0).penalty(run.model).item(), 4), "overlap": round(together / alone, 5)}
+
+
+def revival(run: Run) -> dict[str, int]:
+    """What was cut and stays in at the end all the same."""
+    masks, last_cut = [], run.method.last_cut
+    for step in range(run.method.total_steps):
+        run.train(range(step, step + 1), cuts=True)
+        if 0 < step <= last_cut and step % run.method.interval == 0:     # each interval divides last_cut
+            masks.append(torch.stack([layer.mask.clone() for layer in run.layers], dim=1))
+    cut_before = ~torch.stack(masks[:-1]).all(0)                         # (r, layers)
+    return {"cuts": len(masks), "cut_before": int(cut_before.sum()), "returned": int((cut_before & masks[-1]).sum())}
+
+
 class Records:
     """results.json, a line a record, written whole after each."""
 
@@ -130,7 +165,7 @@ class Records:
     def add(self, record: dict) -> None:
         self.runs.append(record)
         about = {"command": "python lessons/08_adalora/experiment.py", "torch": torch.__version__, "steps": STEPS, "cut_at": WARM_UP, "rows": ROWS,
-                 "context": CONTEXT, "initial_rank": RANK, "kept_per_layer": TARGET, "alpha": ALPHA, "lr": LR, "nats_per_byte": ["price", "cut", "end"]}
+                 "context": CONTEXT, "initial_rank": RANK, "kept_per_layer": TARGET, "alpha": ALPHA, "lr": LR, "nats_per_byte": ["price", "estimate", "cut", "end"]}
         lines = ",\n".join(json.dumps(each) for each in self.runs)
         half = self.path.with_suffix(".part")
         half.write_text(f'{{\n"about": {json.dumps(about)},\n"runs": [\n{lines}\n]\n}}\n')
@@ -142,13 +177,28 @@ def main() -> None:
     torch.set_num_threads(1)
     records = Records(RESULTS)
     for seed in SEEDS:
-        if all(records.find(part, seed) for part in ("say", "none", "gradual", *EDITORS)):
+        if not records.find("two", seed):
+            run = Run(seed, initial_rank=TARGET, alpha=ALPHA * TARGET / RANK)
+            run.train(range(STEPS))
+            records.add({"part": "two", "seed": seed, "end": round(run.loss(), 5)})
+        for weight in (0.0, 0.1, 1.0) if seed < 3 else ():
+            if not records.find(f"penalty {weight}", seed):
+                run = Run(seed, orthogonal_weight=weight, total_steps=WARM_UP, warmup_steps=0, final_steps=0)
+                run.train(range(WARM_UP))
+                records.add({"part": f"penalty {weight}", "seed": seed, **angles(run), "end": round(run.loss(), 5)})
+        for interval in (1, 5, 15) if seed < 3 else ():
+            if not records.find(f"revival {interval}", seed):
+                run = Run(seed, total_steps=60, warmup_steps=0, final_steps=15, interval=interval)
+                records.add({"part": f"revival {interval}", "seed": seed, **revival(run), "end": round(run.loss(), 5)})
+        if all(records.find(part, seed) for part in ("say", "estimate", "none", "gradual", *EDITORS)):
             continue
         shot = Run(seed)
         names = [name for name, _ in ml.adapters(shot.model)]
         shot.train(range(WARM_UP))
         if not records.find("say", seed):
             records.add({"part": "say", "seed": seed, "layers": names, "loss": round(shot.loss(), 5), **say(shot)})
+        if not records.find("estimate", seed):
+            records.add({"part": "estimate", "seed": seed, "estimate": estimate(shot)})
         for part in ("none", "gradual", *EDITORS):
             if records.find(part, seed):
                 continue
