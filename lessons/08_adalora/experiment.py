@@ -10,16 +10,16 @@
     none      60 further steps, and nobody cuts
     gradual   60 further steps of AdaLoRA itself: the budget falls from 144 to 48 over the next 40, a cut every 5, what was cut may come back
     two       nobody cuts: 100 steps with rank 2 in every layer from the start, and the same s
+    rates     `two`, and AdaLoRA from the first step to the last as in `gradual`, at 0.015, 0.06 and 0.12 as well; seeds 0 and 1
     penalty   40 steps without a cut, with the orthogonality penalty weighed 0, 0.1 and 1. Afterwards: the mean of ‖PᵀP − 1‖ and ‖QQᵀ − 1‖; and `overlap`,
               Σ ‖dW‖² over the sum of each triplet's own ‖·‖², which is 1 where triplets stand at right angles. Seeds 0, 1, 2
-
     revival   60 steps of AdaLoRA without a warm-up, 15 of them final, with a cut every 1, 5 or 15 steps: how many of the 144 were cut at some cut before
               the last (`cut_before`), and how many of these stay in at the end (`returned`). Seeds 0, 1, 2
 
 An editor sees what `say` saw, no more: `importance`, `size`, `price` keep the largest, `lot` draws; `fair` keeps the two most important of each layer.
-All but `two`, `penalty` and `revival` start from the same model and the same moments of AdamW, and all read the same batches, so that differences are paired by
-seed. One rate for all, falling linearly to 0. Losses are nats per byte. A run is never made twice: stopped, the same command goes on. About five
-minutes on one core.
+All but `two`, `rates`, `penalty` and `revival` start from the same model and the same moments of AdamW, and all read the same batches, so that
+differences are paired by seed. One rate, 0.03, for all but `rates`, falling linearly to 0. Losses are nats per byte. A run is never made twice:
+stopped, the same command goes on. About ten minutes on one core.
 """
 
 import copy
@@ -42,13 +42,13 @@ EDITORS = ("importance", "size", "price", "fair", "lot")
 class Run:
     """One seed's model, its optimizer, and how far it has come."""
 
-    def __init__(self, seed: int, **others):
+    def __init__(self, seed: int, lr: float = LR, **others):
         self.method = ml.AdaLoRA(**{"initial_rank": RANK, "target_rank": TARGET, "alpha": ALPHA, "total_steps": STEPS, "warmup_steps": WARM_UP - 1,
                                     "final_steps": FINAL, "interval": INTERVAL} | others)
         torch.manual_seed(seed)
         self.model = ml.adapt(ml.load_base(), self.method)
-        self.optimizer = torch.optim.AdamW(self.method.parameter_groups(self.model, LR))
-        self.voice, self.seed = ml.data.voice(), seed
+        self.optimizer = torch.optim.AdamW(self.method.parameter_groups(self.model, lr))
+        self.voice, self.seed, self.lr = ml.data.voice(), seed, lr
 
     @property
     def layers(self) -> list[ml.AdaLoRALinear]:
@@ -58,7 +58,7 @@ class Run:
         """mask: (r, layers), what stays in; cuts: AdaLoRA cuts by itself."""
         batches = self.voice.batches(ROWS, CONTEXT, self.seed)
         for step in steps:
-            self.optimizer.param_groups[0]["lr"] = LR * (1 - step / self.method.total_steps)
+            self.optimizer.param_groups[0]["lr"] = self.lr * (1 - step / self.method.total_steps)
             self.optimizer.zero_grad()
             (ml.next_byte_loss(self.model, *batches(step)) + self.method.penalty(self.model)).backward()
             self.optimizer.step()
@@ -84,7 +84,7 @@ class Run:
         """The same run once more, which may go another way."""
         other = copy.copy(self)
         other.model = copy.deepcopy(self.model)
-        other.optimizer = torch.optim.AdamW(other.method.parameter_groups(other.model, LR))
+        other.optimizer = torch.optim.AdamW(other.method.parameter_groups(other.model, other.lr))
         other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         return other
 
@@ -181,6 +181,12 @@ def main() -> None:
             run = Run(seed, initial_rank=TARGET, alpha=ALPHA * TARGET / RANK)
             run.train(range(STEPS))
             records.add({"part": "two", "seed": seed, "end": round(run.loss(), 5)})
+        for lr in (0.015, 0.06, 0.12) if seed < 2 else ():
+            for part, fields in (("two", {"initial_rank": TARGET, "alpha": ALPHA * TARGET / RANK}), ("gradual", {})):
+                if not records.find(f"{part} at {lr}", seed):
+                    run = Run(seed, lr, **fields)
+                    run.train(range(STEPS), cuts=part == "gradual")
+                    records.add({"part": f"{part} at {lr}", "seed": seed, "end": round(run.loss(), 5)})
         for weight in (0.0, 0.1, 1.0) if seed < 3 else ():
             if not records.find(f"penalty {weight}", seed):
                 run = Run(seed, orthogonal_weight=weight, total_steps=WARM_UP, warmup_steps=0, final_steps=0)
