@@ -26,7 +26,7 @@ def orthogonality(Ps: list[Tensor], Qs: list[Tensor]) -> Tensor:
 
 
 def smoothed(w: Tensor, gradient: Tensor, sensitivity: Tensor, uncertainty: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
-    """One step's news of every weight taken into its two running means: the new (Ī, U). All of one shape, whichever it is. It needs no gradient of its own.
+    """One step's news of every weight taken into its two running means: the new (Ī, U). All of one shape, any. It needs no gradient of its own.
 
         I = |w · dL/dw|       Ī <- β₁ Ī + (1 − β₁) I       U <- β₂ U + (1 − β₂) |I − Ī|, with the new Ī
     """

@@ -165,7 +165,8 @@ class Records:
     def add(self, record: dict) -> None:
         self.runs.append(record)
         about = {"command": "python lessons/08_adalora/experiment.py", "torch": torch.__version__, "steps": STEPS, "cut_at": WARM_UP, "rows": ROWS,
-                 "context": CONTEXT, "initial_rank": RANK, "kept_per_layer": TARGET, "alpha": ALPHA, "lr": LR, "nats_per_byte": ["price", "estimate", "cut", "end"]}
+                 "context": CONTEXT, "initial_rank": RANK, "kept_per_layer": TARGET, "alpha": ALPHA, "lr": LR,
+                 "nats_per_byte": ["price", "estimate", "cut", "end"]}
         lines = ",\n".join(json.dumps(each) for each in self.runs)
         half = self.path.with_suffix(".part")
         half.write_text(f'{{\n"about": {json.dumps(about)},\n"runs": [\n{lines}\n]\n}}\n')
