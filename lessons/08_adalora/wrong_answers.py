@@ -34,7 +34,7 @@ def svd_forward__positive(x: Tensor, W: Tensor, P: Tensor, lam: Tensor, Q: Tenso
     return F.linear(x, W) + scale * (lam.abs() * (x @ Q.T)) @ P.T
 
 
-@provokes("lam alone hears the loss, and it must hear all of it")
+@provokes("no gradient reaches lam")
 def svd_forward__only_what_is_alive(x: Tensor, W: Tensor, P: Tensor, lam: Tensor, Q: Tensor, scale: float) -> Tensor:
     alive = (lam != 0).to(lam.dtype)                                     # a cut triplet would stay cut for ever
     return F.linear(x, W) + scale * (alive * lam * (x @ Q.T)) @ P.T
@@ -70,7 +70,7 @@ def orthogonality__mean_of_layers(Ps: list[Tensor], Qs: list[Tensor]) -> Tensor:
     return sum((P.T @ P - one).norm() + (Q @ Q.T - one).norm() for P, Q in zip(Ps, Qs)) / len(Ps)
 
 
-@provokes("no gradient comes out")
+@provokes("no gradient reaches Ps[0]")
 def orthogonality__a_number(Ps: list[Tensor], Qs: list[Tensor]) -> Tensor:
     grams = [P.T @ P for P in Ps] + [Q @ Q.T for Q in Qs]
     return torch.tensor([(gram - torch.eye(len(gram)).to(gram)).norm().item() for gram in grams], dtype=Ps[0].dtype).mean()
@@ -212,7 +212,7 @@ def keep_best__at_least_the_threshold(importance: Tensor, budget: int) -> Tensor
     return importance >= importance.flatten().topk(budget).values[-1]
 
 
-@provokes("selected index k out of range")
+@provokes("selected number k out of range")
 def keep_best__kthvalue_of_nothing(importance: Tensor, budget: int) -> Tensor:
     return importance > importance.flatten().kthvalue(importance.numel() - budget).values
 
