@@ -107,14 +107,11 @@ def committed(path: Path) -> str:
 
 @functools.cache
 def promise(folder: Path, name: str) -> str:
-    """What the docstrings of the exercise and of its solution say."""
-    said = []
-    for kind in ("exercises", "solutions"):
-        with contextlib.suppress(OSError, SyntaxError, ValueError):
-            for node in ast.parse(file_of(folder, kind).read_text(encoding="utf-8-sig")).body:
-                if getattr(node, "name", None) == name:
-                    said += [ast.get_docstring(part) or "" for part in [node, *getattr(node, "body", [])] if isinstance(part, (ast.FunctionDef, ast.ClassDef))]
-    return "\n".join(said)
+    """What the docstring of the worked solution says: the exercise's is the learner's own to change."""
+    for node in ast.parse(file_of(folder, "solutions").read_text(encoding="utf-8-sig")).body:
+        if getattr(node, "name", None) == name:
+            return "\n".join(ast.get_docstring(part) or "" for part in [node, *node.body] if isinstance(part, (ast.FunctionDef, ast.ClassDef)))
+    return ""
 
 
 def pytest_generate_tests(metafunc):

@@ -51,6 +51,17 @@ def test_a_stub_is_reported_in_one_word_and_the_board_says_what_is_next(school):
     assert "next: double in lessons/00_arithmetic/exercises.py. Hint: add it to itself" in printed
 
 
+def test_what_an_answer_may_change_is_for_the_solution_to_say_and_not_for_its_own_docstring(school):
+    def lesson(said, body):
+        return f"import torch\n\n\ndef double(x: torch.Tensor) -> torch.Tensor:\n    {said!r}\n    {body}\n\n\ndef triple(x: int) -> int:\n    return 3 * x\n"
+
+    tests = "import torch\n\n\ndef test_it(double):\n    assert double(torch.ones(2)).sum() == 4\n\n\ndef test_nine(triple):\n    assert triple(3) == 9\n"
+    for said in ("In place.", "My own words."):
+        answer = lesson(said, "x *= 2; return x")
+        assert "2/2 solved" in school(exercises=answer, solutions=lesson("In place.", "return 2 * x"), test_exercises=tests)
+        assert "changed its argument" in school(exercises=answer, solutions=lesson("Twice.", "return 2 * x"), test_exercises=tests)
+
+
 def test_the_board_counts_what_is_solved_and_a_mistake_comes_first(school):
     printed = school(exercises=LESSON["exercises.py"].replace("raise NotImplementedError", "return 2 * x"))
     assert re.search(r"00_arithmetic +#\. +1/2 solved", printed) and "next: triple" in printed and "not three times" in printed

@@ -53,7 +53,7 @@ def keep_best(importance: Tensor, budget: int) -> Tensor:
 
 
 def revive(lams: list[nn.Parameter], train_step: Callable[[int], None], choose: Callable[[int], Tensor | None], steps: int) -> list[list[int]]:
-    """A cut is one zero written once. Whoever is still trained may grow again."""
+    """In place: a cut is one zero written once. Whoever is still trained may grow again."""
     film = []
     for step in range(steps):
         train_step(step)
