@@ -53,7 +53,7 @@ def test_a_stub_is_reported_in_one_word_and_the_board_says_what_is_next(school):
 
 def test_the_board_counts_what_is_solved_and_a_mistake_comes_first(school):
     printed = school(exercises=LESSON["exercises.py"].replace("raise NotImplementedError", "return 2 * x"))
-    assert re.search(r"00_arithmetic +#\. +1/2 solved", printed) and "next: triple" in printed and "not three times" in printed
+    assert re.search(r"00_arithmetic +#x +1/2 solved", printed) and "next: triple" in printed and "not three times" in printed
     wrong = school(exercises=LESSON["exercises.py"].replace("raise NotImplementedError", "return x * x", 1))
     assert re.search(r"00_arithmetic +x\. +0/2 solved", wrong)               # right at 2, wrong at 3: not solved
     assert "looks like a square" in wrong and "next: double" in wrong
