@@ -387,6 +387,7 @@ def test_choose_is_asked_after_the_step_and_once(revive):
     film = revive(lams, train_step, choose, 4)
     assert [step for step, _ in asked] == [0, 1, 2, 3], f"choose is asked once for each step, in order; it was asked for {[step for step, _ in asked]}"
     assert all(so_far == step + 1 for step, so_far in asked), "choose is asked before the step is made: first train_step(step), then choose(step)"
+    assert list(film[0]) != [1, 1] or list(film[1]) != [1, 1], f"what was cut at step 0 {STAYED_AWAY.format(1)}"
     assert [list(frame) for frame in film] == [[1, 1], [2, 2], [1, 1], [2, 2]], f"cut at steps 0 and 2, all back at 1 and 3: [[1, 1], [2, 2], [1, 1], [2, 2]], got {film}"
 
 
