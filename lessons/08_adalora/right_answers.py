@@ -28,11 +28,11 @@ def orthogonality__loop(Ps: list[Tensor], Qs: list[Tensor]) -> Tensor:
 
 def orthogonality__by_the_identity(Ps: list[Tensor], Qs: list[Tensor]) -> Tensor:
     squares = [((M @ M.T) ** 2).sum() - 2 * (M**2).sum() + len(M) for M in [P.T for P in Ps] + Qs]      # ‖G − 1‖² = ‖G‖² − 2 tr G + r
-    return sum(square.clamp(min=0).sqrt() for square in squares) / len(squares)
+    return sum(square.clamp(min=torch.finfo(square.dtype).tiny).sqrt() for square in squares) / len(squares)      # at 0 a root has no slope
 
 
 def smoothed__lerp(w: Tensor, gradient: Tensor, sensitivity: Tensor, uncertainty: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
-    I = torch.abs(w) * torch.abs(gradient)
+    I = torch.abs(w.detach()) * torch.abs(gradient)
     new = I.lerp(sensitivity, beta1)
     return new, torch.lerp((new - I).abs(), uncertainty, beta2)
 
@@ -92,6 +92,17 @@ def revive__multiplied(lams: list[nn.Parameter], train_step: Callable[[int], Non
             for i in range(len(lams) if kept is not None else 0):
                 lams[i].mul_(kept[:, i])
         film += [[sum(value != 0 for value in lam.tolist()) for lam in lams]]
+    return film
+
+
+def revive__new_data(lams: list[nn.Parameter], train_step: Callable[[int], None], choose: Callable[[int], Tensor | None], steps: int) -> list[list[int]]:
+    film = []
+    for step in range(steps):
+        train_step(step)
+        if (mask := choose(step)) is not None:
+            for lam, kept in zip(lams, mask.T):
+                lam.data = lam.data * kept
+        film.append([int((lam != 0).sum()) for lam in lams])
     return film
 
 

@@ -22,7 +22,7 @@ def orthogonality(Ps: list[Tensor], Qs: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def smoothed(w: Tensor, gradient: Tensor, sensitivity: Tensor, uncertainty: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
-    """First the mean, and then how far today is from it."""
+    """First the mean, and then how far today is from it: two notes, no part of the loss."""
     I = (w * gradient).abs()
     sensitivity = beta1 * sensitivity + (1 - beta1) * I
     uncertainty = beta2 * uncertainty + (1 - beta2) * (I - sensitivity).abs()

@@ -76,6 +76,19 @@ def orthogonality__a_number(Ps: list[Tensor], Qs: list[Tensor]) -> Tensor:
     return torch.tensor([(gram - torch.eye(len(gram)).to(gram)).norm().item() for gram in grams], dtype=Ps[0].dtype).mean()
 
 
+@provokes("its gradient is NaN")
+def orthogonality__a_root_by_hand(Ps: list[Tensor], Qs: list[Tensor]) -> Tensor:
+    grams = [P.T @ P for P in Ps] + [Q @ Q.T for Q in Qs]
+    return sum(((gram - torch.eye(len(gram)).to(gram)) ** 2).sum().sqrt() for gram in grams) / len(grams)
+
+
+@provokes("carries its graph")
+def smoothed__with_its_graph(w: Tensor, gradient: Tensor, sensitivity: Tensor, uncertainty: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
+    I = (w * gradient).abs()
+    sensitivity = beta1 * sensitivity + (1 - beta1) * I
+    return sensitivity, beta2 * uncertainty + (1 - beta2) * (I - sensitivity).abs()
+
+
 @provokes("U measures how far I is from the old Ī")
 def smoothed__old_mean(w: Tensor, gradient: Tensor, sensitivity: Tensor, uncertainty: Tensor, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
     I = (w * gradient).abs()
@@ -127,6 +140,24 @@ def triplet_importance__means_first(sensitivity: dict[str, Tensor], uncertainty:
 def triplet_importance__sums(sensitivity: dict[str, Tensor], uncertainty: dict[str, Tensor]) -> Tensor:
     P, lam, Q = (sensitivity[name] * uncertainty[name] for name in ("P", "lam", "Q"))
     return lam + P.sum(0) + Q.sum(1)
+
+
+@provokes("column and row share one mean")
+def triplet_importance__one_mean_of_both(sensitivity: dict[str, Tensor], uncertainty: dict[str, Tensor]) -> Tensor:
+    P, lam, Q = (sensitivity[name] * uncertainty[name] for name in ("P", "lam", "Q"))
+    return lam + (P.sum(0) + Q.sum(1)) / (len(P) + Q.shape[1])
+
+
+@provokes("one mean over the whole of Q")
+def triplet_importance__mean_of_all_rows(sensitivity: dict[str, Tensor], uncertainty: dict[str, Tensor]) -> Tensor:
+    P, lam, Q = (sensitivity[name] * uncertainty[name] for name in ("P", "lam", "Q"))
+    return lam + P.mean(0) + Q.mean(0).mean()
+
+
+@provokes("the rows of P and the columns of Q")
+def triplet_importance__the_first_rows(sensitivity: dict[str, Tensor], uncertainty: dict[str, Tensor]) -> Tensor:
+    P, lam, Q = (sensitivity[name] * uncertainty[name] for name in ("P", "lam", "Q"))
+    return lam + P.mean(1)[:len(lam)] + Q.mean(0)[:len(lam)]
 
 
 @provokes("this is lam's alone")
@@ -230,14 +261,14 @@ def keep_best__the_cut_ones(importance: Tensor, budget: int) -> Tensor:
     return mask.view_as(importance)
 
 
-@provokes("the lower k goes first")
+@provokes("the lower k is kept first")
 def keep_best__layer_by_layer(importance: Tensor, budget: int) -> Tensor:
     mask = torch.zeros(importance.numel(), dtype=torch.bool)
     mask[importance.T.flatten().argsort(descending=True, stable=True)[:budget]] = True
     return mask.view(importance.T.shape).T
 
 
-@provokes("the lower k goes first")
+@provokes("the lower k is kept first")
 def keep_best__equals_from_behind(importance: Tensor, budget: int) -> Tensor:
     mask = torch.zeros(importance.numel(), dtype=torch.bool)
     mask[importance.flatten().argsort(stable=True)[importance.numel() - budget:]] = True
