@@ -276,7 +276,8 @@ def test_one_round_gives_the_factors_what_rounding_missed(loftq_alternate, size,
     W, r, s = draw(size.out, size.into, seed=8), size.rank, size.scale
     Q, A, B = three(loftq_alternate(W, r, 1, s, quantize))
     start = best_part(W, r)
-    must_equal(Q, quantize(W), {"this is QPiSSA, which begins with the SVD of W; LoftQ begins with B A = 0, so Q = quantize(W)": quantize(W - start)}, "Q after one round")
+    must_equal(Q, quantize(W), {"this is QPiSSA, which begins with the SVD of W; LoftQ begins with B A = 0, so Q = quantize(W)": quantize(W - start),
+                                "Q was made once more after the factors; in a round the factors come last": quantize(W - best_part(W - quantize(W), r))}, "Q after one round")
     must_equal(s * B @ A, best_part(W - Q, r), {
         "B A is the best part of W itself; it is that of W - Q, what rounding missed": start,
         "s · B A is s times too large: divide the singular values by s": s * best_part(W - Q, r),
@@ -384,6 +385,7 @@ def slips(W, dW, top, threshold):
         "each direction was compared with the one of the same number; ask all of W's": below(C.diagonal()[:top].abs()),
         "only the first of W's directions were asked; compare with all of them": below(C[:top, :top].abs().amax(0)),
         "all directions of W + dW were asked, and not the first `top`": below(C.abs().amax(0)),
+        "all directions of W + dW were asked, and only the count was cut at `top`": min(top, below(C.abs().amax(0))),
         "W's directions were asked whether they are still there; asked are those of W + dW": below(C[:top].abs().amax(1)),
         "this is the length of all cosines together; the largest one counts": below(C[:, :top].norm(dim=0)),
         "this counts the directions that W knows; an intruder is below the threshold": min(top, k) - below(C[:, :top].abs().amax(0)),

@@ -313,7 +313,7 @@ def loftq_alternate__one_round(W: Tensor, rank: int, iterations: int, scale: flo
     return Q, (S / scale).sqrt()[:, None] * Vt, U * (S / scale).sqrt()
 
 
-@provokes("quantize was called 2 times in 1 round;")
+@provokes("Q was made once more after the factors")
 def loftq_alternate__one_more_q(W: Tensor, rank: int, iterations: int, scale: float, quantize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     if iterations < 1:
         raise ValueError("no round")
@@ -411,7 +411,7 @@ def intruders__old_top_only(W: Tensor, dW: Tensor, top: int, threshold: float) -
     return int(((U[:, :top].T @ new[:, :top]).abs().amax(0) < threshold).sum())
 
 
-@provokes("all directions of W + dW were asked")
+@provokes("only the count was cut at")
 def intruders__all(W: Tensor, dW: Tensor, top: int, threshold: float) -> int:
     U, new = _lefts(W, dW)
     return min(top, int(((U.T @ new).abs().amax(0) < threshold).sum()))
