@@ -19,7 +19,7 @@ from lessons import NOT_SOLVED, first_hint, learners_line, mistake, own_file, pu
 from lessons.guard import guarded
 from lessons.mutants import mutants_asked_for
 
-SAME_AGAIN = "same mistake"
+SAME_AGAIN = "failed for the same reason"
 VARIANTS = ("wrong_answers", "right_answers")          # files of several answers an exercise, called <exercise>__<what is special>
 SECONDS = defaultdict(lambda: 20, mutants=5)           # that a test may take
 
@@ -107,14 +107,11 @@ def committed(path: Path) -> str:
 
 @functools.cache
 def promise(folder: Path, name: str) -> str:
-    """What the docstrings of the exercise and of its solution say."""
-    said = []
-    for kind in ("exercises", "solutions"):
-        with contextlib.suppress(OSError, SyntaxError, ValueError):
-            for node in ast.parse(file_of(folder, kind).read_text(encoding="utf-8-sig")).body:
-                if getattr(node, "name", None) == name:
-                    said += [ast.get_docstring(part) or "" for part in [node, *getattr(node, "body", [])] if isinstance(part, (ast.FunctionDef, ast.ClassDef))]
-    return "\n".join(said)
+    """What the docstring of the worked solution says: the exercise's is the learner's own to change."""
+    for node in ast.parse(file_of(folder, "solutions").read_text(encoding="utf-8-sig")).body:
+        if getattr(node, "name", None) == name:
+            return "\n".join(ast.get_docstring(part) or "" for part in [node, *node.body] if isinstance(part, (ast.FunctionDef, ast.ClassDef)))
+    return ""
 
 
 def pytest_generate_tests(metafunc):
@@ -242,7 +239,7 @@ def pytest_terminal_summary(terminalreporter, config):
     """The progress board: a line a lesson, then the next exercise and its first hint."""
     if config.getoption("--answers") not in ("exercises", "solutions"):
         return
-    failed, passed = set(), defaultdict(set)
+    failed, wrong, passed = set(), set(), defaultdict(set)
     for outcome in ("passed", "failed", "error", NOT_SOLVED, SAME_AGAIN):
         for report in terminalreporter.getreports(outcome):
             path, _, test = report.nodeid.partition("::")
@@ -250,6 +247,8 @@ def pytest_terminal_summary(terminalreporter, config):
                 passed[Path(path).parent.name, name].add(test.partition("[")[0])
                 if outcome != "passed":
                     failed.add(name)
+                if report.when == "call" and outcome in ("failed", SAME_AGAIN):
+                    wrong.add(name)
     ran = {lesson for lesson, _ in passed}
     if not ran:
         return
@@ -259,11 +258,11 @@ def pytest_terminal_summary(terminalreporter, config):
         if lesson in ran:
             tests = tests_of(Path(__file__).parent / lesson)
             part = {name for name in names if name in config.stash[shortened] or passed[lesson, name] < tests[name]}      # of these not all tests were run
-            marks = ["." if name in failed or not passed[lesson, name] else "?" if name in part else "#" for name in names]
+            marks = ["x" if name in wrong else "." if name in failed or not passed[lesson, name] else "?" if name in part else "#" for name in names]
             solved.update(name for name, mark in zip(names, marks) if mark == "#")
             line = f"{lesson:<16} {''.join(marks):<8} {marks.count('#')}/{len(names)} solved"
             terminalreporter.write_line(line + ("   (?: not all of its tests were run)" if "?" in marks else ""))
-            upcoming = upcoming or next(((lesson, name) for name, mark in zip(names, marks) if mark == "." and passed[lesson, name]), None)
+            upcoming = upcoming or next(((lesson, name) for name, mark in zip(names, marks) if mark in ".x" and passed[lesson, name]), None)
     if upcoming:
         terminalreporter.write_line(f"next: {upcoming[1]} in lessons/{upcoming[0]}/exercises.py. {first_hint(*upcoming)}")
     if (Path(__file__).parent / "capstone").exists():

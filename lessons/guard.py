@@ -1,4 +1,4 @@
-"""What every answer is held to, whatever its tests ask. It leaves its arguments as they were (unless the exercise says "in place"), gives
+"""What every answer is held to, whatever its tests ask. It leaves its arguments as they were (unless its docstring says "in place"), gives
 something back, of the promised type, and lets a gradient through wherever the worked solution does (unless it says "no gradient")."""
 
 import contextlib
@@ -23,7 +23,7 @@ OFTEN = 2       # gradients are compared at the first calls of a test: two runs 
 
 @contextlib.contextmanager
 def guarded(name: str, answer, solution, promise: str = ""):
-    """`answer` with the guard around each call. `promise`: what the exercise's docstring says. A class has its own methods back afterwards."""
+    """`answer` with the guard around each call. `promise`: what the solution's docstring says. A class has its own methods back afterwards."""
     if inspect.isclass(solution) != inspect.isclass(answer) or not callable(answer):
         wanted = "a class" if inspect.isclass(solution) else "a function"
         pytest.fail(f"{name}: {wanted} is wanted, got {described(answer)}", pytrace=False)

@@ -1,8 +1,12 @@
 """The capstone holds together: its run as the page shows it, the adapter here and in PEFT, what it refuses and names, and that a stop leaves nothing."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,11 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 import lessons
 import minilora as ml
 from lessons.capstone import answers, stage
+from lessons.capstone.card import written
 from lessons.capstone.finetune import finetune
 
 ROOT = Path(lessons.__file__).parent.parent
@@ -25,13 +31,16 @@ PAGE = FOLDER / "README.md"
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """(what a run with the worked answers printed, its folder)"""
+    """(what a run with the worked answers printed, its folder); their lessons' tests, which CI runs by themselves, are not run once more here"""
     pytest.importorskip("peft")                # the page shows what PEFT says too
-    out = tmp_path_factory.mktemp("runs") / "capstone"
-    done = subprocess.run([sys.executable, "lessons/capstone/finetune.py", "--out", str(out), "--answers", "solutions"], cwd=ROOT, capture_output=True,
-                          encoding="utf-8", env=os.environ | {"PYTHONIOENCODING": "utf-8"})
-    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
-    return done.stdout, out
+    out, said, complained = tmp_path_factory.mktemp("runs") / "capstone", io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained), torch.random.fork_rng([]):
+        patch.setattr(answers, "judge", lambda kind: {})
+        patch.setattr(sys, "argv", ["finetune.py", "--out", str(out), "--answers", "solutions"])
+        importlib.import_module("lessons.conftest")        # which judge would have done
+        runpy.run_path(str(FOLDER / "finetune.py"), run_name="__main__")
+    assert not complained.getvalue()
+    return said.getvalue(), out
 
 
 def test_the_script_is_short_and_calls_exercises_only():
@@ -62,7 +71,7 @@ def test_the_pages_table_and_counts_are_the_scripts(shown):
     assert listed == {lesson[:2]: set(names) for lesson, names in answers.needed().items()} and count() == 12 and "**Yes: twelve of your own answers" in text
     source = (ROOT / "minilora" / "gpt.py").read_bytes()
     held_out = int(re.match(r"gpt.py: (\d+) bytes", shown[0])[1])
-    assert held_out <= len(source) / 10 and f"{len(source) * 9 // 10:,} bytes are a small book" in text
+    assert held_out <= len(source) / 10 and f"of its {len(source):,} bytes the first {len(source) * 9 // 10:,} are read" in text
 
 
 def test_the_loss_falls_and_every_way_gives_the_same_function(shown):
@@ -95,7 +104,9 @@ TOY = {
     "00_toy/hints.md": "", "01_more/hints.md": "",
     "01_more/exercises.py": "def fourth(x):\n    return x / 4\n", "01_more/solutions.py": "def half(x: float) -> float:\n    return x / 2\n\n\ndef fourth(x: float) -> float:\n    return x / 4\n",
     "01_more/test_exercises.py": "def test_half(half):\n    assert half(1) == 0.5\n\n\ndef test_fourth(fourth):\n    assert fourth(1) == 0.25\n",
-    "capstone/finetune.py": "my.double(1), my.triple(1), my.half(1), my.fourth(1)\n",
+    "02_broken/hints.md": "", "02_broken/exercises.py": "def fifth(x:\n", "02_broken/solutions.py": "def fifth(x: float) -> float:\n    return x / 5\n",
+    "02_broken/test_exercises.py": "def test_fifth(fifth):\n    assert fifth(1) == 0.2\n",
+    "capstone/finetune.py": "my.double(1), my.triple(1), my.half(1), my.fourth(1), my.fifth(1)\n",
 }
 
 
@@ -127,11 +138,14 @@ for words in (["lessons"], ["lessons", "--answers=solutions"], ["lessons/00_toy"
 
 
 def test_missing_and_wrong_answers_are_named_all_at_once(toy):
-    assert toy[0] == """The capstone needs 4 of your answers, and of these are not there yet:
-  00_toy/exercises.py    double
-  01_more/exercises.py    half
-These are there, but their tests fail:
-  00_toy/exercises.py    triple: looks doubled
+    assert toy[0] == """The capstone needs 5 of your answers, and not all are ready.
+Not written yet:
+  00_toy/exercises.py      double
+  01_more/exercises.py     half
+Their tests fail:
+  00_toy/exercises.py      triple: looks doubled
+Python cannot read these files:
+  02_broken/exercises.py   line 1: '(' was never closed
 `.venv/bin/pytest lessons` says more, and what comes next.
 15
 """
@@ -139,8 +153,8 @@ These are there, but their tests fail:
 
 def test_the_board_ends_with_the_capstone(toy):
     _, stubs, worked, part = toy
-    assert re.search(r"^next: double .*\ncapstone +your answers to 1 of 4 needed exercises are there; next: double \(00_toy\)$", stubs, flags=re.M), stubs
-    assert re.fullmatch(r"capstone +ready: all 4 answers are there\. .*", worked.splitlines()[-2]), worked
+    assert re.search(r"^next: double .*\ncapstone +your answers to 1 of 5 needed exercises are there; next: double \(00_toy\)$", stubs, flags=re.M), stubs
+    assert re.fullmatch(r"capstone +ready: all 5 answers are there\. .*", worked.splitlines()[-2]), worked
     assert "00_toy " in part and "capstone" not in part                   # which says nothing of the other lesson's answers
 
 
@@ -158,13 +172,14 @@ def small():
 
 @pytest.fixture
 def my(monkeypatch):
-    """The worked answers, which a test may spoil; a run takes them without a check, on a base of one small layer, and shows no samples."""
+    """The worked answers, which a test may spoil; a run takes them without a check, on a base of one small layer, and shows no samples and draws nothing."""
     from lessons.conftest import load_file as load_lesson
 
     my = SimpleNamespace(**{name: getattr(load_lesson(ROOT / "lessons" / lesson, "solutions"), name) for lesson, names in answers.needed().items() for name in names})
     monkeypatch.setattr(stage, "own_answers", lambda kind: my)
     monkeypatch.setattr(ml, "load_base", small)
     monkeypatch.setattr(stage, "peft_reads", lambda folder: {})
+    monkeypatch.setattr(stage, "card", lambda report: Figure((1, 1)))
     monkeypatch.setattr(stage.Show, "sample", lambda self, model: "a sample")
     return my
 
@@ -184,9 +199,12 @@ def test_ctrl_c_leaves_nothing_and_an_older_run_whole(my, moment, tmp_path, monk
         raise KeyboardInterrupt
 
     stage.perform(finetune, ["--out", str(tmp_path / "older"), "--steps", "1"])
+    assert "replaces" not in capsys.readouterr().out
     monkeypatch.setattr(stage if moment == "card" else stage.Show, moment, interrupt)
     for out in (tmp_path / "older", tmp_path / "new"):
-        assert stopped(out) == 130 and capsys.readouterr().out.endswith("stopped; nothing was written\n")
+        assert stopped(out) == 130
+        said = capsys.readouterr().out
+        assert said.endswith("stopped; nothing was written\n") and said.startswith(f"replaces the run in {out}, once") == (out.name == "older")
 
 
 def test_answers_whose_tests_overlooked_something_are_named(my, tmp_path):
@@ -222,6 +240,17 @@ def test_other_things_and_texts_that_cannot_be_read_are_refused_first(my, tmp_pa
     (tmp_path / "theirs" / "notes.txt").write_text("mine")
     assert stopped(tmp_path / "theirs") == f"{tmp_path / 'theirs'} holds other things; take another --out"
     assert "nowhere.txt: cannot be read" in stopped(tmp_path / "out", "nowhere.txt")
+
+
+def test_another_copys_script_is_refused(tmp_path):
+    names = {}
+    exec(compile("def finetune(*arguments):\n    pass\n", str(tmp_path / "lessons" / "capstone" / "finetune.py"), "exec"), names)
+    with pytest.raises(SystemExit, match=f"another copy. Set PYTHONPATH to this one: {re.escape(str(tmp_path))}$"):
+        stage.perform(names["finetune"], [])
+
+
+def test_what_no_screen_shows_is_a_dot():
+    assert written("H\x84user\n\n  Häu\ufffdser 家\x1c.") == ["H·user", "  Häu·ser 家·."]
 
 
 def test_the_boards_line_and_when_it_is_done(tmp_path, monkeypatch):

@@ -51,11 +51,22 @@ def test_a_stub_is_reported_in_one_word_and_the_board_says_what_is_next(school):
     assert "next: double in lessons/00_arithmetic/exercises.py. Hint: add it to itself" in printed
 
 
+def test_what_an_answer_may_change_is_for_the_solution_to_say_and_not_for_its_own_docstring(school):
+    def lesson(said, body):
+        return f"import torch\n\n\ndef double(x: torch.Tensor) -> torch.Tensor:\n    {said!r}\n    {body}\n\n\ndef triple(x: int) -> int:\n    return 3 * x\n"
+
+    tests = "import torch\n\n\ndef test_it(double):\n    assert double(torch.ones(2)).sum() == 4\n\n\ndef test_nine(triple):\n    assert triple(3) == 9\n"
+    for said in ("In place.", "My own words."):
+        answer = lesson(said, "x *= 2; return x")
+        assert "2/2 solved" in school(exercises=answer, solutions=lesson("In place.", "return 2 * x"), test_exercises=tests)
+        assert "changed its argument" in school(exercises=answer, solutions=lesson("Twice.", "return 2 * x"), test_exercises=tests)
+
+
 def test_the_board_counts_what_is_solved_and_a_mistake_comes_first(school):
     printed = school(exercises=LESSON["exercises.py"].replace("raise NotImplementedError", "return 2 * x"))
-    assert re.search(r"00_arithmetic +#\. +1/2 solved", printed) and "next: triple" in printed and "not three times" in printed
+    assert re.search(r"00_arithmetic +#x +1/2 solved", printed) and "next: triple" in printed and "not three times" in printed
     wrong = school(exercises=LESSON["exercises.py"].replace("raise NotImplementedError", "return x * x", 1))
-    assert re.search(r"00_arithmetic +\.\. +0/2 solved", wrong)              # right at 2, wrong at 3: not solved
+    assert re.search(r"00_arithmetic +x\. +0/2 solved", wrong)               # right at 2, wrong at 3: not solved
     assert "looks like a square" in wrong and "next: double" in wrong
 
 
@@ -67,7 +78,7 @@ def test_all_solved(school):
 def test_a_file_that_cannot_be_read_is_one_line_that_says_where(school):
     printed = school(exercises=LESSON["exercises.py"] + "\ndef broken(:\n")
     assert "exercises.py of 00_arithmetic, line 10: invalid syntax" in printed and "INTERNAL" not in printed and "Traceback" not in printed
-    assert "1 error" in printed and "2 same mistake" in printed                                            # told once, not once a test
+    assert "1 error" in printed and "2 failed for the same reason" in printed                                            # told once, not once a test
     assert "exercises.py of 00_arithmetic, line 10: SystemExit: 3" in school(exercises=LESSON["exercises.py"] + "\nimport sys; sys.exit(3)\n")
     assert "3 not solved yet" in school(exercises="\ufeff" + LESSON["exercises.py"])                       # a byte order mark
 

@@ -194,8 +194,10 @@ def test_weight_decay_is_decoupled(adamw_step):
 def test_eps_is_outside_the_root(adamw_step):
     p, grad, m, v = start(3)
     got = adamw_step(p, grad, m, v, 1, 0.1, eps=0.5)[0]
-    want = p - 0.1 * grad / (grad.abs() + 0.5)
-    assert torch.allclose(got, want), "is eps inside the square root? AdamW divides by √v̂ + eps"
+    must_equal(got, p - 0.1 * grad / (grad.abs() + 0.5), {
+        "is eps inside the square root? AdamW divides by √v̂ + eps": p - 0.1 * grad / (grad**2 + 0.5).sqrt(),
+        "v is not corrected: divide it by 1 - β₂ˢᵗᵉᵖ": p - 0.1 * grad / ((0.001 * grad**2).sqrt() + 0.5)},
+        "p - lr · m̂ / (√v̂ + eps)")
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (4,), ()], ids=str)

@@ -41,7 +41,7 @@ def merge_lora(W: Tensor, A: Tensor, B: Tensor, alpha: float, rank: int) -> Tens
 
 
 def inject_lora(model: nn.Module, targets: list[str], rank: int, alpha: float) -> nn.Module:
-    """Freeze first, so that the new parameters stay trainable; list the names first, because the tree changes as we go."""
+    """In place. Freeze first, so that the new parameters stay trainable; list the names first, because the tree changes as we go."""
     model.requires_grad_(False)
     for name, linear in list(model.named_modules()):
         parent, _, last = name.rpartition(".")

@@ -48,7 +48,7 @@ def survivors(W: Tensor, dW: Tensor, dtype: torch.dtype) -> float:
 
 
 def what_resume_needs(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict:
-    """Copies of all: parameters are changed in place by every step, and a state_dict() holds the living tensors, not pictures of them."""
+    """Copies of all: every step changes the parameters where they lie, and a state_dict() holds the living tensors, not pictures of them."""
     return {
         "trained": {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad},
         "optimizer": copy.deepcopy(optimizer.state_dict()),

@@ -50,7 +50,7 @@ def bytes_freed(reads: dict[str, str], sizes: dict[str, int], frozen: set[str], 
 
 
 def project_gradient(g: Tensor, A: Tensor, scale: float) -> Tensor:
-    """g = s · G Aᵀ, so s · ĝ A = G Aᵀ (A Aᵀ)⁺ A: one s from g and one from s · B A, which is why it is divided by s²."""
+    """No gradient has to pass: it is used between steps. g = s · G Aᵀ, so s · ĝ A = G Aᵀ (A Aᵀ)⁺ A: one s from g and one from s · B A, which is why it is divided by s²."""
     return g @ torch.linalg.pinv(A @ A.T) / scale**2
 
 

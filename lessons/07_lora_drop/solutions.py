@@ -32,7 +32,7 @@ def share_until(shares: list[float], threshold: float) -> list[int]:
 
 
 def share_pair(layers: list[nn.Module], kept: list[int]) -> None:
-    """Assigning a Parameter to an attribute registers that very object: one tensor, many names."""
+    """In place: assigning a Parameter to an attribute registers that very object: one tensor, many names."""
     rest = [layer for i, layer in enumerate(layers) if i not in kept]
     for layer in rest:
         layer.A, layer.B = rest[0].A, rest[0].B

@@ -5,6 +5,7 @@ code: the index of a level, a uint8 from 0 to k - 1.                        w �
 The base is frozen: no gradient has to pass through any of these.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -18,7 +19,7 @@ def bits_per_weight(block_size: int, second: int | None) -> float:
 
 
 def normal_levels(p: float, bits: int) -> Tensor:
-    """(2**bits) float64, ascending: quantiles of N(0, 1), divided by the largest of them. bits at least 2, p between 0.5 and 1.
+    """(2**bits) float64, ascending: quantiles of N(0, 1), divided by the largest of them, which is above 0. bits at least 2, p between 0.5 and 1.
 
     half = 2**(bits - 1).   Above 0: Q at `half` equal steps from 0.5, left out, to p.   Below 0: the same with half - 1 steps, mirrored.
     And 0 itself. Q, the inverse of the normal distribution function, is torch.special.ndtri (or statistics.NormalDist().inv_cdf).
@@ -30,7 +31,7 @@ def quantize_block(w: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """(codes, scales): each weight as the nearest level to w / scale. Every last dimension of w is a block.
 
     w: (..., size), and ... may be empty: one block   levels: (k) ascending, in w's dtype   ->   (..., size) uint8, (...)
-    Half-way between two levels the lower one is taken. A block of zeros has scale 0 and the code of the level 0.
+    Half-way between two levels the lower one is taken. A block of zeros has scale 0 and the code of the level 0, wherever `levels` has it.
     """
     raise NotImplementedError
 
@@ -38,7 +39,7 @@ def quantize_block(w: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
 def pack(codes: Tensor) -> Tensor:
     """Two codes of four bits in each byte, the first in the high half: 16 · first + second. An odd one out is joined by 7, NF4's code of 0.
 
-    (n) uint8, each from 0 to 15   ->   (⌈n / 2⌉) uint8
+    (n) uint8, each from 0 to 15   ->   (⌈n / 2⌉) uint8; of no codes, n = 0, no bytes
     """
     raise NotImplementedError
 
@@ -60,9 +61,10 @@ def double_quantize(scales: Tensor, table: Tensor, size: int) -> tuple[Tensor, T
     """(codes, absmax, offset): the scales in 8 bits. They are all above 0, so their mean is taken off first.
 
     offset = mean of all scales, added up in float64 and rounded to float32     d = scales − offset
-    in blocks of `size`, the last may be shorter:     absmax = max |d|     code = index of the value in `table` that is nearest to d / absmax
+    in blocks of `size`, the last may be shorter:     absmax = max |d|     code = index of the value in `table` nearest to d / absmax, half-way the lower one
 
-    scales: (m) float32   table: (256) float32, ascending from about -1 to 1, one of them 0   ->   (m) uint8, (⌈m / size⌉) float32, () float32
-    Where all d of a block are 0, absmax is 0 and the code that of the 0. The way back is dequantize's: table[code] · absmax, and the offset on top.
+    scales: (m) float32   table: (k) float32, k ≤ 256, ascending from about -1 to 1, one of them 0   ->   (m) uint8, (⌈m / size⌉) float32, () float32
+    Where all d of a block are 0, absmax is 0 and the code that of the 0, wherever `table` has it.
+    The way back is dequantize's: table[code] · absmax, and the offset on top.
     """
     raise NotImplementedError

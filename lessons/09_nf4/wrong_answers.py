@@ -35,6 +35,16 @@ def bits_per_weight__always_256(block_size: int, second: int | None) -> float:
     return 4 + (32 if second is None else 8 + 32 / 256) / block_size
 
 
+@provokes("`second` is ignored")
+def bits_per_weight__second_ignored(block_size: int, second: int | None) -> float:
+    return 4 + (32 if second is None else 8 + 32) / block_size
+
+
+@provokes("/ is wanted, not //")
+def bits_per_weight__floored(block_size: int, second: int | None) -> float:
+    return 4 + 32 // block_size if second is None else 4 + 8 / block_size + 32 / (second * block_size)
+
+
 @provokes("not divided by the largest")
 def normal_levels__not_scaled(p: float, bits: int) -> Tensor:
     half = 2 ** (bits - 1)
@@ -53,6 +63,12 @@ def normal_levels__sides_swapped(p: float, bits: int) -> Tensor:
 def normal_levels__symmetric(p: float, bits: int) -> Tensor:
     above = Q(torch.linspace(0.5, p, 2 ** (bits - 1) + 1, dtype=torch.float64))
     return torch.cat([-above.flip(0)[:-1], above]) / above[-1]
+
+
+@provokes("one code would never be used")
+def normal_levels__literal_equation_4(p: float, bits: int) -> Tensor:
+    q = Q(torch.linspace(0, 1, 2**bits + 2, dtype=torch.float64)[1:-1])
+    return (q[:-1] + q[1:]) / (q[-2] + q[-1])
 
 
 @provokes("one code would never be used")
@@ -81,11 +97,39 @@ def normal_levels__not_sorted(p: float, bits: int) -> Tensor:
     return torch.cat([-below[1:], above]) / above[-1]
 
 
-@provokes("off by up to")
+@provokes("no level is 0")
 def normal_levels__no_zero(p: float, bits: int) -> Tensor:
     """Sixteen equal shares, and no 0 among their quantiles."""
     levels = Q(torch.linspace(1 - p, p, 2**bits, dtype=torch.float64))
     return levels / levels[-1]
+
+
+@provokes("put at 0")
+def normal_levels__zero_put_in(p: float, bits: int) -> Tensor:
+    levels = Q(torch.linspace(1 - p, p, 2**bits, dtype=torch.float64))
+    levels[2 ** (bits - 1) - 1] = 0
+    return levels / levels[-1]
+
+
+@provokes("p is ignored: these are")
+def normal_levels__p_ignored(p: float, bits: int) -> Tensor:
+    half = 2 ** (bits - 1)
+    above, below = (Q(torch.linspace(0.5, 0.9677083, n, dtype=torch.float64)) for n in (half + 1, half))
+    return torch.cat([-below.flip(0)[:-1], above]) / above[-1]
+
+
+@provokes("the shares run to 1")
+def normal_levels__end_at_one(p: float, bits: int) -> Tensor:
+    half = 2 ** (bits - 1)
+    above, below = (Q(torch.linspace(0.5, 1, n, dtype=torch.float64)[:-1]) for n in (half + 2, half + 1))
+    return torch.cat([-below.flip(0)[:-1], above]) / above[-1]
+
+
+@provokes("p belongs to them")
+def normal_levels__end_dropped(p: float, bits: int) -> Tensor:
+    half = 2 ** (bits - 1)
+    above, below = (Q(torch.linspace(0.5, p, n, dtype=torch.float64)[:-1]) for n in (half + 2, half + 1))
+    return torch.cat([-below.flip(0)[:-1], above]) / above[-1]
 
 
 @provokes("float64 is wanted")
@@ -137,6 +181,24 @@ def quantize_block__nf4_written_in(w: Tensor, levels: Tensor) -> tuple[Tensor, T
 def quantize_block__scale_one_for_zeros(w: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     scales = w.abs().amax(dim=-1)
     return _quantized(w, levels, torch.where(scales == 0, torch.ones_like(scales), scales))
+
+
+@provokes("7 is only the usual place")
+def quantize_block__zero_is_7(w: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scales = _quantized(w, levels, w.abs().amax(dim=-1))
+    codes[scales == 0] = 7
+    return codes, scales
+
+
+@provokes("with its sign")
+def quantize_block__signed_scale(w: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    return _quantized(w, levels, w.gather(-1, w.abs().argmax(dim=-1, keepdim=True)).squeeze(-1))
+
+
+@provokes("kept a dimension of size 1")
+def quantize_block__dimension_kept(w: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scales = _quantized(w, levels, w.abs().amax(dim=-1))
+    return codes, scales[..., None]
 
 
 @provokes("the level below, not the nearest")
@@ -201,6 +263,13 @@ def pack__halves(codes: Tensor) -> Tensor:
     return even[:len(even) // 2] << 4 | even[len(even) // 2:]
 
 
+@provokes("max()")
+def pack__none_of_none(codes: Tensor) -> Tensor:
+    assert codes.max() < 16
+    even = torch.cat([codes, codes.new_full((len(codes) % 2,), 7)])
+    return even[::2] << 4 | even[1::2]
+
+
 @provokes("uint8 is wanted, a byte each")
 def pack__int64(codes: Tensor) -> Tensor:
     even = torch.cat([codes, codes.new_full((len(codes) % 2,), 7)]).long()
@@ -257,9 +326,24 @@ def dequantize__as_a_mask(codes: Tensor, scales: Tensor, levels: Tensor, block_s
     return levels[codes] * scales.repeat_interleave(block_size)[:len(codes)]
 
 
-@provokes("is invalid for input of size 13")
+@provokes("the last block may be shorter (")
 def dequantize__no_short_block(codes: Tensor, scales: Tensor, levels: Tensor, block_size: int) -> Tensor:
     return (levels[codes.long()].view(-1, block_size) * scales[:, None]).flatten()
+
+
+@provokes("the last block may be shorter: leave out")
+def dequantize__padding_kept(codes: Tensor, scales: Tensor, levels: Tensor, block_size: int) -> Tensor:
+    return levels[F.pad(codes, (0, -len(codes) % block_size)).long()] * scales.repeat_interleave(block_size)
+
+
+@provokes("the blocks are made equally long")
+def dequantize__equal_blocks(codes: Tensor, scales: Tensor, levels: Tensor, block_size: int) -> Tensor:
+    return levels[codes.long()] * scales.repeat_interleave(-(-len(codes) // len(scales)))[:len(codes)]
+
+
+@provokes("blocks of 64, whatever")
+def dequantize__always_64(codes: Tensor, scales: Tensor, levels: Tensor, block_size: int) -> Tensor:
+    return levels[codes.long()] * scales.repeat_interleave(64)[:len(codes)]
 
 
 @provokes("float64, is wanted, got torch.float32")
@@ -342,3 +426,41 @@ def double_quantize__padding_kept(scales: Tensor, table: Tensor, size: int) -> t
     absmax = blocks.abs().amax(dim=1)
     v = blocks / (absmax + (absmax == 0))[:, None]
     return torch.bucketize(v, (table[:-1] + table[1:]) / 2).to(torch.uint8).flatten(), absmax, offset
+
+
+@provokes("127 is only the usual place")
+def double_quantize__zero_is_127(scales: Tensor, table: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    codes, absmax, offset = _doubly(scales, table, size, scales.double().mean().float())
+    codes[(absmax == 0).repeat_interleave(size)[:len(codes)]] = 127
+    return codes, absmax, offset
+
+
+@provokes("are in this mean")
+def double_quantize__padded_before_the_mean(scales: Tensor, table: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    codes, absmax, offset = _doubly(scales, table, size, F.pad(scales, (0, -len(scales) % size)).double().mean().float())
+    return codes, absmax, offset
+
+
+@provokes("fill the last block behind d")
+def double_quantize__padded_before_the_offset(scales: Tensor, table: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    offset = scales.double().mean().float()
+    codes, absmax, _ = _doubly(F.pad(scales, (0, -len(scales) % size)), table, size, offset)
+    return codes[:len(scales)], absmax, offset
+
+
+@provokes("the offset has a dimension")
+def double_quantize__offset_with_a_dimension(scales: Tensor, table: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _doubly(scales, table, size, scales.double().mean(dim=0, keepdim=True).float())
+
+
+@provokes("from the mean in float64")
+def double_quantize__offset_not_rounded(scales: Tensor, table: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    codes, absmax, offset = _doubly(scales.double(), table.double(), size, scales.double().mean())
+    return codes, absmax.float(), offset.float()
+
+
+@provokes("the upper one was taken")
+def double_quantize__ties_up(scales: Tensor, table: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    _, absmax, offset = _doubly(scales, table, size, scales.double().mean().float())
+    v = (scales - offset) / (absmax + (absmax == 0)).repeat_interleave(size)[:len(scales)]
+    return torch.bucketize(v, (table[:-1] + table[1:]) / 2, right=True).to(torch.uint8), absmax, offset

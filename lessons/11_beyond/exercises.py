@@ -28,7 +28,7 @@ def dora_forward(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
 
 @torch.no_grad()
 def dora_gradient(G: Tensor, W: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(dL/dm, dL/dA, dL/dB) of DoRA from G = dL/dW', with the norm n held: a constant, as in dora_forward. By hand, without autograd.
+    """(dL/dm, dL/dA, dL/dB) of DoRA from G = dL/dW', with the norm n held: a constant, as in dora_forward. By hand: autograd records nothing.
 
     G: (out, in)   W: (out, in)   A: (rank, in)   B: (out, rank)   magnitude: (out)   ->   (out), (rank, in), (out, rank)
     """
@@ -37,10 +37,10 @@ def dora_gradient(G: Tensor, W: Tensor, A: Tensor, B: Tensor, magnitude: Tensor,
 
 @torch.no_grad()
 def pissa_split(W: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(A, B, rest): s · B A is the best approximation of W by a matrix of this rank, in Frobenius norm, and rest is W less that.
+    """(A, B, rest): s · B A is the best approximation of W by a matrix of this rank, in Frobenius norm, and rest is W minus that.
 
     From W = U diag(S) Vᵀ: A = √(S_r / s) Vᵀ_r and B = U_r √(S_r / s), the r largest of S, largest first. W may be of any floating type,
-    bfloat16 too: compute in float64, and give all three back in W's type.
+    bfloat16 too: compute in float64, and round to W's type at the end, each of the three once. (So rest is that of A and B before they are rounded.)
 
     W: (out, in)   scale: above 0   ->   (rank, in), (out, rank), (out, in)
     """
@@ -54,7 +54,7 @@ def loftq_alternate(W: Tensor, rank: int, iterations: int, scale: float, quantiz
         Q        <-  quantize(W - s · B A)
         s · B A  <-  the best approximation of W - Q by a matrix of this rank, √(S_r / s) on each side, as in pissa_split
 
-    Q, A and B are those of the last round. quantize takes an (out, in) tensor and gives the rounded one back, dense again. W is in float64.
+    Q, A and B are those of the last round, even where an earlier one was nearer to W. quantize takes an (out, in) tensor and gives the rounded one back, dense again. W is in float64.
     Raises ValueError where iterations is below 1.
 
     W: (out, in)   scale: above 0   ->   (out, in), (rank, in), (out, rank)

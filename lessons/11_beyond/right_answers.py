@@ -27,11 +27,15 @@ def dora_forward__normalize(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor
     return out if bias is None else bias + out
 
 
-def dora_gradient__autograd(G: Tensor, W: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The docstring says by hand; the numbers are right all the same."""
-    m, A, B = (t.detach().clone().requires_grad_() for t in (magnitude, A, B))
-    V = W + scale * B @ A
-    return torch.autograd.grad((m[:, None] * V / V.detach().norm(dim=1, keepdim=True) * G).sum(), (m, A, B))
+def dora_gradient__row_by_row(G: Tensor, W: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    dm, dA, dB = torch.empty_like(magnitude), torch.zeros_like(A), torch.empty_like(B)
+    for o, (g, w, b, m) in enumerate(zip(G, W, B, magnitude)):
+        v = w + scale * b @ A                                                # (in)
+        n = v.dot(v).sqrt()
+        dm[o] = g.dot(v) / n
+        dA += scale * m / n * torch.outer(b, g)
+        dB[o] = scale * m / n * A @ g
+    return dm, dA, dB
 
 
 def dora_gradient__einsum(G: Tensor, W: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -143,6 +143,22 @@ def dora_gradient__m_of_w(G: Tensor, W: Tensor, A: Tensor, B: Tensor, magnitude:
     return (G * W).sum(1) / W.norm(dim=1), scale * B.T @ to_V, scale * to_V @ A.T
 
 
+@provokes("dL/dm is ⟨G, W⟩ / n")
+def dora_gradient__m_with_w(G: Tensor, W: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    V, n = _parts(W, A, B, scale)
+    to_V = (magnitude / n)[:, None] * G
+    return (G * W).sum(1) / n, scale * B.T @ to_V, scale * to_V @ A.T
+
+
+@provokes("autograd recorded this")
+def dora_gradient__by_autograd(G: Tensor, W: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers are right, and the exercise is not done."""
+    with torch.enable_grad():
+        a, b, m = (t.detach().clone().requires_grad_() for t in (A, B, magnitude))
+        V = W + scale * b @ a
+        return torch.autograd.grad(((m / V.detach().norm(dim=1))[:, None] * V * G).sum(), (m, a, b))
+
+
 @provokes("lacks s")
 def dora_gradient__no_scale(G: Tensor, W: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     V, n = _parts(W, A, B, scale)
@@ -198,7 +214,7 @@ def pissa_split__smallest(W: Tensor, rank: int, scale: float) -> tuple[Tensor, T
     return A.to(W), B.to(W), (W - scale * B @ A).to(W)
 
 
-@provokes("rest is W less B A; s belongs there too")
+@provokes("rest is W minus B A; s belongs there too")
 def pissa_split__rest_without_scale(W: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     U, S, Vt = _cut(W, rank)
     A, B = (S / scale).sqrt()[:, None] * Vt, U * (S / scale).sqrt()
@@ -212,11 +228,26 @@ def pissa_split__exchanged(W: Tensor, rank: int, scale: float) -> tuple[Tensor, 
     return A.to(W), B.to(W), (W - scale * A @ B).to(W)
 
 
-@provokes("one rounding to")
+@provokes("rounded once to")
 def pissa_split__rounded_twice(W: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     U, S, Vt = _cut(W, rank)
     A, B = ((S / scale).sqrt()[:, None] * Vt).to(W), (U * (S / scale).sqrt()).to(W)
     return A, B, W - scale * B @ A
+
+
+@provokes("that were rounded before")
+def pissa_split__rest_of_the_rounded(W: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vt = _cut(W, rank)
+    A, B = ((S / scale).sqrt()[:, None] * Vt).to(W), (U * (S / scale).sqrt()).to(W)
+    return A, B, (W.double() - scale * B.double() @ A.double()).to(W)
+
+
+@provokes("digits, as float32 is")
+def pissa_split__in_float32(W: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    U, S, Vt = torch.linalg.svd(W.float(), full_matrices=False)
+    root = (S[:rank] / scale).sqrt()
+    A, B = root[:, None] * Vt[:rank], U[:, :rank] * root
+    return A.to(W), B.to(W), (W - scale * B @ A).to(W)
 
 
 @provokes("and so must all three be")
@@ -273,7 +304,7 @@ def loftq_alternate__as_the_reference(W: Tensor, rank: int, iterations: int, sca
     return Q, A, B
 
 
-@provokes("quantize was called 1 times in 2 rounds")
+@provokes("quantize was called 1 time in 2 rounds")
 def loftq_alternate__one_round(W: Tensor, rank: int, iterations: int, scale: float, quantize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     if iterations < 1:
         raise ValueError("no round")
@@ -282,7 +313,7 @@ def loftq_alternate__one_round(W: Tensor, rank: int, iterations: int, scale: flo
     return Q, (S / scale).sqrt()[:, None] * Vt, U * (S / scale).sqrt()
 
 
-@provokes("quantize was called 2 times in 1 rounds")
+@provokes("Q was made once more after the factors")
 def loftq_alternate__one_more_q(W: Tensor, rank: int, iterations: int, scale: float, quantize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     if iterations < 1:
         raise ValueError("no round")
@@ -318,41 +349,75 @@ def loftq_alternate__at_least_once(W: Tensor, rank: int, iterations: int, scale:
     return Q, A, B
 
 
+@provokes("raise ValueError; AssertionError came")
+def loftq_alternate__asserts(W: Tensor, rank: int, iterations: int, scale: float, quantize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    assert iterations >= 1
+    return loftq_alternate__at_least_once(W, rank, iterations, scale, quantize)
+
+
+@provokes("this is the Q of round")
+def loftq_alternate__the_nearest_round(W: Tensor, rank: int, iterations: int, scale: float, quantize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    if iterations < 1:
+        raise ValueError("no round")
+    BA, best = torch.zeros_like(W), None
+    for _ in range(iterations):
+        Q = quantize(W - BA)
+        U, S, Vt = _cut(W - Q, rank)
+        A, B = (S / scale).sqrt()[:, None] * Vt, U * (S / scale).sqrt()
+        BA = scale * B @ A
+        if best is None or (W - Q - BA).norm() < best[0]:
+            best = (W - Q - BA).norm(), Q, A, B
+    return best[1:]
+
+
+@provokes("the best part of W - Q - s · B A")
+def loftq_alternate__of_what_is_left(W: Tensor, rank: int, iterations: int, scale: float, quantize: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    if iterations < 1:
+        raise ValueError("no round")
+    BA = torch.zeros_like(W)
+    for _ in range(iterations):
+        Q = quantize(W - BA)
+        U, S, Vt = _cut(W - Q - BA, rank)
+        A, B = (S / scale).sqrt()[:, None] * Vt, U * (S / scale).sqrt()
+        BA = scale * B @ A
+    return Q, A, B
+
+
 def _lefts(W, dW):
     return tuple(torch.linalg.svd(M, full_matrices=False).U for M in (W, W + dW))
 
 
-@provokes("take |cosine|")
+@provokes("so take |cosine|")
 def intruders__signed(W: Tensor, dW: Tensor, top: int, threshold: float) -> int:
     U, new = _lefts(W, dW)
     return int(((U.T @ new[:, :top]).amax(0) < threshold).sum())
 
 
-@provokes("not of V")
+@provokes("these are V's columns")
 def intruders__right(W: Tensor, dW: Tensor, top: int, threshold: float) -> int:
     V, new = (torch.linalg.svd(M, full_matrices=False).Vh for M in (W, W + dW))
     return int(((V @ new[:top].T).abs().amax(0) < threshold).sum())
 
 
-@provokes("not with the one of the same number")
+@provokes("compared with the one of the same number")
 def intruders__same_place(W: Tensor, dW: Tensor, top: int, threshold: float) -> int:
     U, new = _lefts(W, dW)
     return int(((U * new).sum(0)[:top].abs() < threshold).sum())
 
 
-@provokes("nor with the top ones")
+@provokes("only the first of W's directions were asked")
 def intruders__old_top_only(W: Tensor, dW: Tensor, top: int, threshold: float) -> int:
     U, new = _lefts(W, dW)
     return int(((U[:, :top].T @ new[:, :top]).abs().amax(0) < threshold).sum())
 
 
-@provokes("and they are not among the first")
+@provokes("only the count was cut at")
 def intruders__all(W: Tensor, dW: Tensor, top: int, threshold: float) -> int:
     U, new = _lefts(W, dW)
     return min(top, int(((U.T @ new).abs().amax(0) < threshold).sum()))
 
 
-@provokes("largest |cosine| below")
+@provokes("whether they are still there")
 def intruders__who_is_displaced(W: Tensor, dW: Tensor, top: int, threshold: float) -> int:
     """Asks for W's directions whether they are still there: the other question."""
     U, new = _lefts(W, dW)
@@ -373,8 +438,32 @@ def intruders__of_the_update(W: Tensor, dW: Tensor, top: int, threshold: float) 
     return int(((U[:, :-1].T @ own[:, :min(top, rank)]).abs().amax(0) < threshold).sum())
 
 
-@provokes("not for the length of all its cosines together")
+@provokes("the length of all cosines together")
 def intruders__length_of_the_projection(W: Tensor, dW: Tensor, top: int, threshold: float) -> int:
     """How much of a new direction lies in the span of all old ones."""
     U, new = _lefts(W, dW)
     return int(((U.T @ new[:, :top]).norm(dim=0) < threshold).sum())
+
+
+@provokes("over the wrong axis")
+def intruders__wrong_axis(W: Tensor, dW: Tensor, top: int, threshold: float) -> int:
+    U, new = _lefts(W, dW)
+    return int(((U.T @ new[:, :top]).abs().amax(1) < threshold).sum())
+
+
+@provokes("these are the directions of dW alone")
+def intruders__dw_alone(W: Tensor, dW: Tensor, top: int, threshold: float) -> int:
+    U, own = (torch.linalg.svd(M, full_matrices=False).U for M in (W, dW))
+    return int(((U.T @ own[:, :top]).abs().amax(0) < threshold).sum())
+
+
+@provokes("these are the rows of U")
+def intruders__rows(W: Tensor, dW: Tensor, top: int, threshold: float) -> int:
+    U, new = _lefts(W, dW)
+    return int(((U[:top] @ new[:top].T).abs().amax(0) < threshold).sum())
+
+
+@provokes("an intruder is below the threshold")
+def intruders__the_known(W: Tensor, dW: Tensor, top: int, threshold: float) -> int:
+    U, new = _lefts(W, dW)
+    return int(((U.T @ new[:, :top]).abs().amax(0) >= threshold).sum())

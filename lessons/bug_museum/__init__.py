@@ -1,8 +1,10 @@
 """The attendant of the bug museum: judge(test, name) says what a learner's test lacks; "" if it tells the healthy code from the sick."""
 
+import ast
 import importlib.util
 import random
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,11 @@ def piece(room: str, name: str) -> ModuleType:
     return module
 
 
+def kinds(room: str, name: str) -> list[str]:
+    """What that file holds: healthy, sick, and in the storeroom now and then sick_too."""
+    return [key.lower() for key, value in vars(piece(room, name)).items() if key.lower() in ("healthy", "sick", "sick_too") and callable(value)]
+
+
 def code(room: str, name: str, health: str):
     """The healthy or the sick one, a function or a class. Neither is called by what it is."""
     found = {key.lower(): value for key, value in vars(piece(room, name)).items()}[health]
@@ -36,7 +43,7 @@ def code(room: str, name: str, health: str):
 def judge(test: Callable, name: str) -> str:
     """`test` must pass on what is healthy and fail by an assertion on what is sick: on the piece on show, then on the one in the storeroom."""
     for room in ("exhibits", "storeroom"):
-        for health in ("healthy", "sick"):
+        for health in kinds(room, name):
             for seed in SEEDS:
                 verdict = (on_healthy if health == "healthy" else on_sick)(room, outcome(test, code(room, name, health), seed), own_file(test))
                 if verdict:
@@ -44,25 +51,28 @@ def judge(test: Callable, name: str) -> str:
     return ""
 
 
+class Returned(Exception):
+    """Nothing was raised; the test gave something back, at which nobody looks."""
+
+
 def outcome(test: Callable, code, seed: int) -> BaseException | None:
-    """What the test raised. Its random numbers follow from the seed, and the caller's stay where they were."""
+    """What the test raised, or Returned. Its random numbers follow from the seed, and the caller's stay where they were."""
     kept = random.getstate()
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.manual_seed(seed), random.seed(seed)
+        torch.default_generator.manual_seed(seed), random.seed(seed)     # torch.manual_seed takes milliseconds: it sees to every device
         try:
-            test(code)
+            return None if test(code) is None else Returned()
         except KeyboardInterrupt:
             raise
         except BaseException as error:                   # pytest.fail and SystemExit too
             return error
         finally:
             random.setstate(kept)
-    return None
 
 
 def on_healthy(room: str, error: BaseException | None, file: str) -> str:
-    if error is None:
+    if error is None or isinstance(error, Returned):
         return ""
     if unwritten(error, file):
         return NOT_SOLVED
@@ -75,15 +85,28 @@ def on_healthy(room: str, error: BaseException | None, file: str) -> str:
 
 
 def on_sick(room: str, error: BaseException | None, file: str) -> str:
+    if isinstance(error, Returned):
+        return "it passes on sick code: it returned something and asserted nothing. Put `assert` where `return` stands"
     if error is None and room == "exhibits":
         return "it passes on the sick code: the bug walks by"
     if error is None:
         return "it catches the bug on show, but in another coat (the storeroom's) the bug walks by: test the whole promise, at sizes of your own"
     if unwritten(error, file):
         return NOT_SOLVED
-    if not isinstance(error, (AssertionError, pytest.fail.Exception)):
+    if not isinstance(error, (AssertionError, pytest.fail.Exception)) and not in_an_assert(error, file):
         return f"on sick code it stops without a verdict, before an assert of yours could fail{told(error, file)}"
     return ""
+
+
+def in_an_assert(error: BaseException, file: str) -> bool:
+    """Whether an assert of the learner's was comparing what cannot be compared, such as a vector of 5 with one of 8."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [line for name, line in frames if name == file]
+    in_a_piece = any(Path(name).parent in (HERE / "exhibits", HERE / "storeroom") for name, _ in frames)
+    if not own or in_a_piece or not isinstance(error, (RuntimeError, ValueError)):
+        return False
+    asserts = [node for node in ast.walk(ast.parse(Path(file).read_text(encoding="utf-8-sig"))) if isinstance(node, ast.Assert)]
+    return any(node.lineno <= own[-1] <= node.end_lineno for node in asserts)
 
 
 def unwritten(error: BaseException, file: str) -> bool:

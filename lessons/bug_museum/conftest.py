@@ -25,13 +25,13 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    verdicts = {report.exhibit: outcome == "passed" for outcome in ("passed", "failed", NOT_SOLVED)
+    verdicts = {report.exhibit: {"passed": "#", "failed": "x"}.get(outcome, ".") for outcome in ("passed", "failed", NOT_SOLVED)
                 for report in terminalreporter.getreports(outcome) if hasattr(report, "exhibit")}
     if not verdicts or config.getoption("--answers") not in ("exercises", "solutions"):
         return
     terminalreporter.section("the bug museum")
-    marks = "".join("#" if verdicts.get(name) else "." if name in verdicts else "?" for name in NAMES)
+    marks = "".join(verdicts.get(name, "?") for name in NAMES)
     terminalreporter.write_line(f"bug_museum       {marks} {marks.count('#')}/{len(NAMES)} solved" + ("   (?: not run)" if "?" in marks else ""))
-    upcoming = next((name for name in NAMES if verdicts.get(name) is False), None)
+    upcoming = next((name for name in NAMES if verdicts.get(name, "#") != "#"), None)
     if upcoming:
         terminalreporter.write_line(f"next: test_{upcoming} in lessons/bug_museum/exercises.py. {first_hint('bug_museum', upcoming)}")

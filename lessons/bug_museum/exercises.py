@@ -38,7 +38,8 @@ def test_03_no_gradient(code):
 def test_04_head_wrapped(code):
     """"Ten classes, and it never gets more than some of them."
 
-    code(into, width, classes, rank) is a net with `body` and `head`; width · classes + classes numbers of the head are trainable, all of them its own.
+    code(into, width, classes, rank) is a net with `body` and `head`. All width · classes + classes numbers of the head are trainable and no others in it;
+    of the body only A and B are, and there the sick ones are sound.
     """
     raise NotImplementedError
 

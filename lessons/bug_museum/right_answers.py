@@ -57,6 +57,13 @@ def test_06_wrong_axis__square(code):
     torch.testing.assert_close(torch.einsum("oi,oi->o", layer.weight(), layer.weight()), layer.magnitude.flatten() ** 2)
 
 
+def test_06_wrong_axis__magnitude(code):
+    layer = code(torch.randn(6, 4), 2)
+    nn.init.normal_(layer.B)
+    row_norms = layer.weight().norm(dim=1)
+    assert torch.allclose(row_norms, layer.magnitude.flatten())      # of lengths 6 and 4 on the sick one
+
+
 def test_07_saved_empty__through_a_file(code):
     one, other, file = code(4, 6, 3), code(4, 6, 3), io.BytesIO()
     one.B.data.uniform_(1, 2)
@@ -113,10 +120,14 @@ def test_13_forgetful_resume__stop_often(code):
     assert (often.W - whole.W).abs().max() < 1e-5
 
 
-def test_14_idle_decay__groups(code):
-    A, B = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(7, 2))
-    groups = code(A, B, 0.01, 4, 0.25).param_groups
-    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.01, 0.25), (0.04, 0.25)]
+def test_14_idle_decay__half_life(code):
+    for factor, ratio in ((0, 3), (1, 3)):
+        both = [nn.Parameter(torch.full((2, 2), 8.0)) for _ in "AB"]
+        optimizer = code(*both, 0.1, ratio, 5 / ratio**factor)                # lr · decay = 1/2, for A and then for B
+        for p in both:
+            p.grad = torch.zeros_like(p)
+        optimizer.step(), optimizer.step()
+        torch.testing.assert_close(both[factor].data, torch.full((2, 2), 2.0))
 
 
 def test_15_inverted_mask__gradients(code):
@@ -148,6 +159,14 @@ def test_18_padding_counted__longer_padding(code):
     logits, targets, lengths = torch.randn(2, 4, 6), torch.randint(6, (2, 4)), torch.tensor([3, 4])
     longer = torch.cat([logits, torch.randn(2, 9, 6)], 1), torch.cat([targets, torch.zeros(2, 9, dtype=torch.long)], 1)
     torch.testing.assert_close(code(*longer, lengths), code(logits, targets, lengths))
+
+
+def test_18_padding_counted__other_padding(code):
+    logits, targets, lengths = torch.randn(3, 8, 5), torch.randint(5, (3, 8)), torch.tensor([2, 8, 5])
+    before = code(logits, targets, lengths)
+    for i, n in enumerate(lengths):
+        logits[i, n:] = torch.randn(8 - n, 5)
+    assert torch.allclose(code(logits, targets, lengths), before)
 
 
 def test_19_eval_forgotten__as_in_eval(code):

@@ -91,6 +91,14 @@ def test_06_wrong_axis__asleep(code):
     assert torch.allclose(code(W, 2).weight(), W, atol=1e-5)
 
 
+@provokes("before an assert of yours could fail")
+def test_06_wrong_axis__compares_too_early(code):
+    layer = code(torch.randn(8, 5), 2)
+    nn.init.normal_(layer.B)
+    apart = (layer.weight().norm(dim=1) - layer.magnitude.flatten()).abs().max()         # lengths 8 and 5 on the sick one
+    assert apart < 1e-5
+
+
 @provokes(OTHER_COAT)
 def test_06_wrong_axis__shape(code):
     assert code(torch.randn(8, 5), 2).magnitude.numel() == 8
@@ -127,6 +135,22 @@ def test_08_tied_head__address(code):
     there = model.embedding.weight.data_ptr()
     model.merge()
     assert model.embedding.weight.data_ptr() == there != model.head.weight.data_ptr()
+
+
+@provokes(HOW)
+def test_08_tied_head__untied(code):
+    model = code(11, 6, 2)
+    model.merge()
+    assert model.head.weight is not model.embedding.weight
+
+
+@provokes(HOW)
+def test_08_tied_head__embedding_stays(code):
+    model = code(11, 6, 2)
+    nn.init.normal_(model.B)
+    E = model.embedding.weight.detach().clone()
+    model.merge()
+    assert torch.equal(E, model.embedding.weight)
 
 
 @provokes(HOW)
@@ -185,6 +209,12 @@ def test_12_dropout_on_W__in_eval(code):
     assert torch.allclose(layer.eval()(x), x @ layer.W.T, atol=1e-5)
 
 
+@provokes("it returned something and asserted nothing")
+def test_12_dropout_on_W__returned(code):
+    layer, x = code(7, 5, 2, 3, 0.5), torch.randn(20, 5)
+    return torch.allclose(layer.train()(x), x @ layer.W.T, atol=1e-5)
+
+
 @provokes(ON_HEALTHY)
 def test_12_dropout_on_W__awake(code):
     layer, x = code(7, 5, 2, 3, 0.5), torch.randn(20, 5)
@@ -208,6 +238,21 @@ def test_13_forgetful_resume__any_state(code):
 def test_14_idle_decay__defaults(code):
     A, B = nn.Parameter(torch.ones(2, 5)), nn.Parameter(torch.ones(7, 2))
     assert code(A, B, 0.01, 4, 0.5).defaults["weight_decay"] == 0.5
+
+
+@provokes(HOW)
+def test_14_idle_decay__groups(code):
+    A, B = nn.Parameter(torch.randn(2, 5)), nn.Parameter(torch.randn(7, 2))
+    assert all(group["weight_decay"] == 0.3 for group in code(A, B, 0.01, 4, 0.3).param_groups)
+
+
+@provokes(OTHER_COAT)
+def test_14_idle_decay__somehow(code):
+    A, B = nn.Parameter(torch.ones(2, 5)), nn.Parameter(torch.ones(7, 2))
+    optimizer = code(A, B, 0.01, 4, 0.5)
+    A.grad, B.grad = torch.zeros_like(A), torch.zeros_like(B)
+    optimizer.step()
+    assert (A < 1).all() and (B < 1).all()                       # less, but by how much?
 
 
 @provokes(OTHER_COAT)
@@ -264,10 +309,10 @@ def test_18_padding_counted__no_padding(code):
 
 
 @provokes(OTHER_COAT)
-def test_18_padding_counted__moves_padding(code):
+def test_18_padding_counted__moves_the_last(code):
     logits, targets, lengths = torch.randn(3, 8, 5), torch.randint(5, (3, 8)), torch.tensor([2, 8, 5])
     before = code(logits, targets, lengths)
-    logits[0, 2:] = torch.randn(6, 5)
+    logits[0, 7] = torch.randn(5)                                # one padding of nine
     assert torch.allclose(code(logits, targets, lengths), before)
 
 

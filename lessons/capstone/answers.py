@@ -42,20 +42,23 @@ def board_line(solved: set[str]) -> str:
 def own_answers(kind: str) -> SimpleNamespace:
     """The answers by their names, once all have passed their lessons' tests. Raises NotReady, which names all that have not."""
     verdicts = judge(kind)
-    missing, wrong = defaultdict(list), []
+    missing, wrong, unread = defaultdict(list), [], {}
     for lesson, names in needed().items():
         for name in names:
             said = verdicts.get(name, "")
             if said.startswith(NOT_SOLVED) or said.endswith(f"defines no {name}"):
                 missing[lesson].append(name)
+            elif said.startswith(cannot_be_read := f"{kind}.py of {lesson}, "):
+                unread[lesson] = said.removeprefix(cannot_be_read)
             elif said:
-                wrong.append(f"  {lesson}/{kind}.py    {name}: {said}")
-    lines = [f"  {lesson}/{kind}.py    {', '.join(names)}" for lesson, names in missing.items()]
-    if missing:
-        lines.insert(0, f"The capstone needs {sum(map(len, needed().values()))} of your answers, and of these are not there yet:")
-    if wrong:
-        lines += ["These are there, but their tests fail:", *wrong]
-    if lines:
+                wrong.append((lesson, f"{name}: {said}"))
+    found = {"Not written yet:": [(lesson, ", ".join(names)) for lesson, names in missing.items()], "Their tests fail:": wrong,
+             "Python cannot read these files:": list(unread.items())}
+    if any(found.values()):
+        width = max(len(f"{lesson}/{kind}.py") for said in found.values() for lesson, _ in said)
+        lines = [f"The capstone needs {sum(map(len, needed().values()))} of your answers, and not all are ready."]
+        for title, said in found.items():
+            lines += [title] * bool(said) + [f"  {f'{lesson}/{kind}.py':<{width}}   {words}" for lesson, words in said]
         raise NotReady("\n".join([*lines, "`.venv/bin/pytest lessons` says more, and what comes next."]))
     from lessons.conftest import load_file                # which pytest has imported by now
 

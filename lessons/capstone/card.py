@@ -4,12 +4,13 @@ import math
 import textwrap
 
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 
 from minilora.plots import BLACK, BLUE, SKY, VERMILION, printable
 
 
 def card(report: dict) -> Figure:
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     curve, page = figure.subplots(1, 2, width_ratios=[1, 1.25])
     curve.plot([nats / math.log(2) for nats in report["losses"]], color=SKY, label="training, one batch")
     curve.plot([0, report["steps"]], [report["bits_before"], report["bits_after"]], "o", color=VERMILION, label="held out")
@@ -20,10 +21,18 @@ def card(report: dict) -> Figure:
     curve.grid(alpha=0.25)
     curve.legend()
     page.axis("off")
-    for top, when, color in ((1.0, "before", BLACK), (0.52, "after", BLUE)):
-        lines = [part for line in report[f"sample_{when}"].strip("\n").splitlines() for part in textwrap.wrap(line, 72, drop_whitespace=False) or [""]][:7]
-        shown = "\n".join("".join(letter if letter.isascii() and letter.isprintable() else "·" for letter in line) for line in lines)
+    drawn = get_font(findfont("DejaVu Sans Mono")).get_char_index                        # 0 of a letter that the font lacks
+    top, line_height = 1.0, 0.066
+    for when, color in (("before", BLACK), ("after", BLUE)):
+        lines = [part for line in written(report[f"sample_{when}"]) for part in textwrap.wrap(line, 60, drop_whitespace=False)][:5]
+        shown = "\n".join("".join(letter if drawn(ord(letter)) else "·" for letter in line) for line in lines)
         page.text(0, top, f"{when}, {report[f'bits_{when}']:.2f} bits per byte", va="top", fontsize=11, weight="bold", color=color)
-        page.text(0, top - 0.07, shown, va="top", fontsize=8.5, family="monospace", linespacing=1.5, color=color, parse_math=False)
+        page.text(0, top - 0.09, shown, va="top", fontsize=10, family="DejaVu Sans Mono", linespacing=1.5, color=color, parse_math=False)
+        top -= 0.09 + line_height * len(lines) + 0.09
     figure.supxlabel(f"W untouched, bit for bit; adapter of {report['bytes']:,} bytes", fontsize=10)
     return figure
+
+
+def written(text: str) -> list[str]:
+    """The lines of what the model wrote; half a letter, or a control byte, which no screen shows, is a dot."""
+    return ["".join(letter if letter.isprintable() and letter != "\ufffd" else "·" for letter in line.expandtabs(4)) for line in text.split("\n") if line.strip()]

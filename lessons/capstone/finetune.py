@@ -7,26 +7,26 @@ from safetensors.torch import load, save
 
 import minilora as ml
 from lessons.capstone import stage
-from minilora.adapter import put
+from minilora.adapter import put                                                         # put(model, name, layer): model.name = layer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 RANK, ALPHA, LR, RATIO = 4, 8, 5e-3, 4                                                   # A learns at LR, B at RATIO · LR
 
 
 def finetune(my, task: ml.data.Task, steps: int, show: stage.Show) -> None:
-    model, batches, held_out = ml.load_base(), task.batches(rows=8), task.held_out(128)  # held_out: (N, 128), the end of the text
+    model, batches, held_out = ml.load_base(), task.batches(rows=4), task.held_out(128)  # held_out: (N, 128), the end of the text
 
     @torch.no_grad()
     def bits() -> float:
-        return my.bits_per_byte(my.next_byte_nats(model(held_out), held_out).item(), " ")        # the mean is what one byte costs
+        return my.bits_per_byte(my.next_byte_nats(model(held_out), held_out).item(), "b")        # nats of one byte: any text of one byte will do
 
     show.before(model, my.parameter_count(model.config), my.training_bytes(model), bits())
     my.inject_lora(model, TARGETS, RANK, ALPHA)
     rates = {p: group["lr"] for group in my.lora_plus_groups(model, LR, RATIO) for p in group["params"]}
     layers = {}
-    for name, place in list(ml.adapters(model)):
-        layers[name] = layer = my.LoRALayer(place.base, RANK, ALPHA)
-        layer.A, layer.B = place.A, place.B                                              # those that have their rates already
+    for name, theirs in list(ml.adapters(model)):                                        # lesson 01 let you inject the package's LoRALinear:
+        layers[name] = layer = my.LoRALayer(theirs.base, RANK, ALPHA)                    # your own layer goes there now,
+        layer.A, layer.B = theirs.A, theirs.B                                            # with the same A and B, which `rates` knows
         put(model, name, layer)
     trained = {f"base_model.model.{name}.lora_{f}.weight": getattr(layer, f) for name, layer in layers.items() for f in "AB"}      # PEFT's names
     count = my.lora_parameter_count([tuple(layer.base.weight.shape) for layer in layers.values()], RANK)
@@ -34,7 +34,7 @@ def finetune(my, task: ml.data.Task, steps: int, show: stage.Show) -> None:
 
     moments = {p: (torch.zeros_like(p), torch.zeros_like(p)) for p in rates}
     for step in range(steps):
-        ids, _ = batches(step)                                                           # (8, 128)
+        ids, _ = batches(step)                                                           # (4, 128)
         loss = my.next_byte_nats(model(ids), ids)
         loss.backward()
         with torch.no_grad():

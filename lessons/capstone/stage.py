@@ -5,6 +5,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import minilora as ml
-from lessons import say
+from lessons import LESSONS, say
 from lessons.capstone.answers import REPORT, RUNS, NotReady, blamed, own_answers
-from lessons.capstone.card import card
+from lessons.capstone.card import card, written
 from minilora.commands.folders import room
 from minilora.safety.runs import stoppable, uninterrupted
 from minilora.storage import CONFIG, WEIGHTS, base_fingerprint, save_model
@@ -35,6 +36,9 @@ def perform(finetune: Callable, words: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--answers", choices=["exercises", "solutions"], default="exercises", help="yours, or the worked ones")
     args = parser.parse_args(words)
+    script = Path(finetune.__code__.co_filename).resolve()
+    if not script.is_relative_to(LESSONS):                         # of two copies Python takes the installed one
+        sys.exit(f"{script} would run on the answers in {LESSONS}, another copy. Set PYTHONPATH to this one: {script.parents[2]}")
     if args.steps < 1:
         parser.error("--steps: at least 1")
     if args.out.is_relative_to(Path.cwd()):
@@ -46,17 +50,23 @@ def perform(finetune: Callable, words: list[str] | None = None) -> None:
             shutil.rmtree(args.out / NEW, ignore_errors=True)          # of a run that was killed
             task = ml.data.text(args.text)
             my = own_answers(args.answers)
+            if (args.out / REPORT).exists():
+                say(f"replaces the run in {args.out}, once this one is through\n")
             show = Show(args, task)
             try:
                 show.folder.mkdir()
                 torch.manual_seed(0)
                 with blamed(args.answers):
                     finetune(my, task, args.steps, show)
+                sys.stdout.flush()
             finally:
                 shutil.rmtree(show.folder, ignore_errors=True)
     except KeyboardInterrupt:
         say("\nstopped; nothing was written")
         sys.exit(130)
+    except BrokenPipeError:                                        # `| head` has seen enough: no word of it, here or when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)                                         # what a shell reports of a program whose reader has gone
     except (NotReady, ValueError, OSError) as reason:
         sys.exit(str(reason))
 
@@ -85,8 +95,8 @@ class Show:
         losses.append(nats)
         tenth = max(1, self.args.steps // 10)
         if (step + 1) % tenth == 0:
-            mean = [fmean(part) for part in (losses[:tenth], losses[-tenth:])]
-            say(f"step {step + 1:>4}   {mean[1]:5.3f} nats   {'█' * round(24 * mean[1] / mean[0])}")
+            mean = [fmean(part) / math.log(2) for part in (losses[:tenth], losses[-tenth:])]
+            say(f"steps {step + 2 - tenth:>4} to {step + 1:>4}   {mean[1]:.2f} bits   {'█' * round(24 * mean[1] / mean[0])}")
 
     def after(self, model: nn.Module, bits: float) -> None:
         self.report |= {"bits_after": bits, "sample_after": self.sample(model)}
@@ -101,7 +111,8 @@ class Show:
         first, *others = ((name, model.eval()(ids)) for name, model in models.items())
         apart = self.report["apart"] = {name: (logits - first[1]).abs().max().item() for name, logits in others}
         largest = first[1].abs().max().item()
-        say(f"one function, {len(models)} ways: how far the logits (up to {largest:.1f}) are from those of your {first[0]}, at most")
+        say(f"one function, {len(models)} ways: how far the logits (up to {largest:.1f}) are from those of the first, at most")
+        say(f"    {first[0]:<16} {'your layers, as they were trained':<48} the first")
         for name, how in HOW.items():
             if name in apart:
                 say(f"    {name:<16} {how:<48} {f'{apart[name]:.0e}' if apart[name] else 'equal, bit for bit'}")
@@ -131,7 +142,7 @@ class Show:
         return model.generate("", 200, temperature=0.7, seed=0)
 
     def quote(self, when: str, bits: float, text: str) -> None:
-        say("\n".join(["", f"{when}: {bits:.2f} bits for each byte held out; it writes", *(f"    | {line.rstrip()}" for line in text.splitlines() if line.strip()), ""]))
+        say("\n".join(["", f"{when}: {bits:.2f} bits for each byte held out; it writes", *(f"    | {line.rstrip()}" for line in written(text)), ""]))
 
 
 HOW = {"lora_branch": "the base, and beside it what the file says", "merge_lora": "one matrix for W and its update",

@@ -127,7 +127,7 @@ class AdaLoRA(Method):
 
 def keep_best(layers: list["AdaLoRALinear"], budget: int) -> None:
     """Set the masks: True for the `budget` most important triplets of all layers. Exactly so many, also where importances tie:
-    then the lower k goes first, and every layer keeps as many as the others."""
+    then the lower k is kept first, and every layer keeps as many as the others."""
     importance = torch.stack([layer.importance() for layer in layers], dim=1)             # (r, layers)
     best = importance.flatten().argsort(descending=True, stable=True)[:budget]
     mask = torch.zeros(importance.numel(), dtype=torch.bool, device=best.device)

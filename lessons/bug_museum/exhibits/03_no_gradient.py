@@ -21,18 +21,18 @@ class Block(nn.Module):
 
 
 class Again(torch.autograd.Function):
-    """block(x), recorded only in the backward pass: how torch's checkpoint with use_reentrant=True goes about it."""
+    """block(x), computed again for the backward pass, as torch's checkpoint does with use_reentrant=True."""
 
     @staticmethod
-    def forward(ctx, block, x, *parameters):           # autograd calls backward only if one of these asks for a gradient
-        ctx.block, ctx.x, ctx.others = block, x.detach(), len(parameters)
-        return block(x)
+    def forward(ctx, block, x, *parameters):           # autograd calls backward only if x or one of the parameters asks for a gradient
+        ctx.block, ctx.x, ctx.count = block, x.detach().requires_grad_(), len(parameters)
+        return block(x)                                # nothing is recorded in here
 
     @staticmethod
     def backward(ctx, gradient):
-        with torch.enable_grad():
-            ctx.block(x := ctx.x.requires_grad_()).backward(gradient)
-        return None, x.grad, *[None] * ctx.others
+        with torch.enable_grad():                      # again, and recorded now; .backward fills the .grad of A, of B and of ctx.x
+            ctx.block(ctx.x).backward(gradient)
+        return None, ctx.x.grad, *[None] * ctx.count   # one for each argument of forward: block, x, parameters
 
 
 class Healthy(nn.Module):
@@ -43,7 +43,7 @@ class Healthy(nn.Module):
     def forward(self, x):                              # (..., width) -> (..., width)
         for block in self.blocks:
             x = self.checkpoint(block, x)
-        return self.last(x)
+        return self.last(x)                            # outside, as an ordinary layer: its adapter learns in any case
 
     def checkpoint(self, block, x):
         return Again.apply(block, x, *block.parameters())
@@ -57,4 +57,4 @@ class Sick(Healthy):
 def cost():
     net = Sick(blocks=5, width=8, rank=2)
     net(torch.randn(4, 8)).sum().backward()
-    return f"{sum(block.B.grad is None for block in [*net.blocks, net.last])} of 6 adapters never move"
+    return f"{sum(block.B.grad is None for block in [*net.blocks, net.last])} of 6 adapters never move; the last block is not checkpointed"

@@ -1,6 +1,7 @@
 """05 · Sixteen levels and no zero
 
-The piece: NF4, four bits a weight. The largest |w| of each block is its scale; w / scale goes to the nearest of 16 quantiles of the normal law.
+The piece: NF4, four bits a weight, or nearly (its offset is 0.9677, and here 31/32). The largest |w| of each block is its scale; w / scale goes
+to the nearest of 16 quantiles of the normal law.
 The promise: code(w, block) is w rebuilt, of w's shape; a weight that is zero comes back as zero, exactly.
 """
 

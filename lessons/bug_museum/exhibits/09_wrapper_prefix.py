@@ -51,6 +51,9 @@ class Sick(Healthy):
 
 
 def cost():
-    saved = Sick.save(Sick.wrap(Sick(6, rank=2)))
-    unknown = Sick(6, rank=2).load_state_dict(saved, strict=False).unexpected_keys
-    return f"{len(saved) - len(unknown)} of {len(saved)} tensors find their place, and strict=False keeps quiet about it"
+    torch.manual_seed(0)
+    trained, x = Sick(6, rank=2), torch.randn(1000, 6)
+    nn.init.normal_(trained.up.weight)
+    loaded = Sick.load(Sick(6, rank=2), Sick.save(Sick.wrap(trained)))
+    (as_the_base, as_trained) = (((loaded(x) == y).all(1)).sum().item() for y in (x @ trained.W.T, trained(x)))
+    return f"of 1,000 inputs the loaded model answers {as_trained} as it was trained to, and {as_the_base:,} as the base does, to the last bit"

@@ -7,19 +7,26 @@ Shown = piece("exhibits", "08_tied_head").Healthy
 
 
 class Healthy(Shown):
-    """The head keeps the matrix, the embedding gets the copy."""
+    """The two stay tied, and the entrance reads a copy that was made before."""
+
+    entrance = None
+
+    def forward(self, ids):
+        h = torch.tanh((self.embedding.weight if self.entrance is None else self.entrance)[ids])
+        return self.head(h) + h @ self.A.T @ self.B.T
 
     @torch.no_grad()
     def merge(self):
-        self.embedding.weight = nn.Parameter(self.embedding.weight.clone())
+        self.entrance = self.embedding.weight.clone()
         self.head.weight += self.B @ self.A
         self.B.zero_()
 
 
 class Sick(Shown):
-    """A new matrix, as it should be, and then the two are tied again, as they were."""
+    """Two parameters, as it should be, and one memory under both."""
 
     @torch.no_grad()
     def merge(self):
-        super().merge()
-        self.embedding.weight = self.head.weight
+        self.head.weight = nn.Parameter(self.embedding.weight.data)
+        self.head.weight += self.B @ self.A
+        self.B.zero_()
