@@ -24,14 +24,15 @@ class FourBitLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, Q: ml.NF4Tensor, bias: Tensor | None) -> Tensor:
-        """x: (..., in), and ... may be empty   Q: of an (out, in) weight   bias: (out), or None   ->   (..., out). x may have any floating dtype, bias
-        has the same, and so have the product and the result. No tensor that is made here may outlive the call, but for the result.
+        """x: (..., in), one vector (in) too   Q: of an (out, in) weight   bias: (out), or None   ->   (..., out). x may have any floating dtype, bias
+        has the same, and so have the product and the result. No tensor that is made here may outlive the call, but for the result; and x is not
+        kept either, for only the gradient of a weight would ask for it.
         """
         raise NotImplementedError
 
     @staticmethod
     def backward(ctx, g: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        """g = dL/d(result): (..., out)   ->   dL/dx: (..., in), None for Q, dL/dbias: (out), the sum over all rows.
+        """g = dL/d(result): (..., out), perhaps a view, not contiguous   ->   dL/dx: (..., in), None for Q, dL/dbias: (out), the sum over all rows.
 
         None, and nothing computed, for what asks for no gradient: ctx.needs_input_grad says for each of x, Q and bias whether it does.
         """
@@ -44,7 +45,7 @@ def qlora_bill(model: nn.Module) -> dict[str, int]:
         "frozen"      parameters without requires_grad, and all buffers (codes and scales are buffers), as they are stored
         "trained"     parameters with requires_grad
         "gradients"   one number of the same type for each number that is trained
-        "moments"     AdamW's two
+        "moments"     AdamW's two, each of the parameter's type; its step counters are no moments
         "passing"     the largest W̃: only one is there at a time. Of the ml.NF4Linear in the model, each with out_features, in_features and the
                       compute_dtype that its W̃ is made in; 0 where there is none
     """
@@ -86,7 +87,7 @@ class QLoRALayer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in), of any floating dtype   ->   (..., out), of the same"""
+        """x: (..., in), of any floating dtype   ->   (..., out), of the same. A and B meet x in x's dtype or in float32, as you like."""
         raise NotImplementedError
 
     def merged(self) -> nn.Linear:

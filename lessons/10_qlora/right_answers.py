@@ -59,6 +59,20 @@ class FourBitLinearFunction__setup_context(torch.autograd.Function):
         return dx, None, torch.ones(g.shape[:-1].numel(), dtype=g.dtype) @ g.reshape(-1, g.shape[-1]) if ctx.needs_input_grad[2] else None
 
 
+class FourBitLinearFunction__einsum(torch.autograd.Function):
+    """Where g is one vector, dL/dbias is g itself, seen anew."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, Q: ml.NF4Tensor, bias: Tensor | None) -> Tensor:
+        ctx.Q = Q
+        return F.linear(x, Q.dequantize(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        by_x, _, by_bias = ctx.needs_input_grad
+        return torch.einsum("...o,oi->...i", g, ctx.Q.dequantize(g.dtype)) if by_x else None, None, torch.einsum("...o->o", g) if by_bias else None
+
+
 def qlora_bill__state_by_state(model: nn.Module) -> dict[str, int]:
     bill = dict.fromkeys(("frozen", "trained", "gradients", "moments", "passing"), 0)
     for tensor in {id(t): t for t in [*model.parameters(), *model.buffers()]}.values():
@@ -142,3 +156,11 @@ class QLoRALayer__around_minilora_s(nn.Module):
         state = {"weight": W.to(self.four.dtype)} | ({} if self.four.bias is None else {"bias": self.four.bias.detach().clone()})
         linear.load_state_dict(state)
         return linear
+
+
+class QLoRALayer__branch_in_float32(QLoRALayer__around_minilora_s):
+    """A and B stay in their type, and x comes to them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = F.linear(F.linear(x.float(), self.A), self.B)
+        return (self.four(x).float() + self.alpha / self.rank * branch).to(x.dtype)

@@ -129,6 +129,45 @@ class FourBitLinearFunction__the_stored_type(torch.autograd.Function):
         return g @ ctx.Q.dequantize() if by_x else None, None, g.reshape(-1, g.shape[-1]).sum(0) if by_bias else None
 
 
+@provokes("there .view fails, .reshape does not")
+class FourBitLinearFunction__a_view(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, Q: ml.NF4Tensor, bias: Tensor | None) -> Tensor:
+        ctx.Q = Q
+        return F.linear(x, Q.dequantize(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        by_x, _, by_bias = ctx.needs_input_grad
+        return g @ ctx.Q.dequantize(g.dtype) if by_x else None, None, g.view(-1, g.shape[-1]).sum(0) if by_bias else None
+
+
+@provokes("the rounding errors of float32")
+class FourBitLinearFunction__in_float32(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, Q: ml.NF4Tensor, bias: Tensor | None) -> Tensor:
+        ctx.Q = Q
+        return F.linear(x.float(), Q.dequantize(torch.float32), None if bias is None else bias.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        by_x, _, by_bias = ctx.needs_input_grad
+        return g @ ctx.Q.dequantize(g.dtype) if by_x else None, None, g.reshape(-1, g.shape[-1]).sum(0) if by_bias else None
+
+
+@provokes("dL/dx has the rounding errors of float32")
+class FourBitLinearFunction__backward_in_float32(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, Q: ml.NF4Tensor, bias: Tensor | None) -> Tensor:
+        ctx.Q = Q
+        return F.linear(x, Q.dequantize(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        by_x, _, by_bias = ctx.needs_input_grad
+        return (g.float() @ ctx.Q.dequantize(torch.float32)).to(g.dtype) if by_x else None, None, g.reshape(-1, g.shape[-1]).sum(0) if by_bias else None
+
+
 @provokes("all dense weights are counted")
 def qlora_bill__all_dense(model: nn.Module) -> dict[str, int]:
     everything = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
@@ -137,7 +176,7 @@ def qlora_bill__all_dense(model: nn.Module) -> dict[str, int]:
     return {"frozen": everything - trained, "trained": trained, "gradients": trained, "moments": 2 * trained, "passing": dense}
 
 
-@provokes("frozen:")
+@provokes("the buffers are missing")
 def qlora_bill__no_buffers(model: nn.Module) -> dict[str, int]:
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     dense = max((m.out_features * m.in_features * m.compute_dtype.itemsize for m in model.modules() if isinstance(m, ml.NF4Linear)), default=0)
@@ -176,7 +215,7 @@ def qlora_bill__always_float32(model: nn.Module) -> dict[str, int]:
     return {"frozen": everything - trained, "trained": trained, "gradients": trained, "moments": 2 * trained, "passing": dense}
 
 
-@provokes("frozen:")
+@provokes("a shared tensor counts once")
 def qlora_bill__module_by_module(model: nn.Module) -> dict[str, int]:
     trained = frozen = dense = 0
     for m in model.modules():
@@ -184,6 +223,33 @@ def qlora_bill__module_by_module(model: nn.Module) -> dict[str, int]:
         frozen += sum(p.nbytes for p in m.parameters(recurse=False) if not p.requires_grad) + sum(b.nbytes for b in m.buffers())
         dense = max(dense, m.out_features * m.in_features * m.compute_dtype.itemsize if isinstance(m, ml.NF4Linear) else 0)
     return {"frozen": frozen, "trained": trained, "gradients": trained, "moments": 2 * trained, "passing": dense}
+
+
+@provokes("AdamW's step counters are counted")
+def qlora_bill__counters(model: nn.Module) -> dict[str, int]:
+    everything = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained = sum(p.nbytes for p in parameters)
+    dense = max((m.out_features * m.in_features * m.compute_dtype.itemsize for m in model.modules() if isinstance(m, ml.NF4Linear)), default=0)
+    return {"frozen": everything - trained, "trained": trained, "gradients": trained, "moments": 2 * trained + 4 * len(parameters), "passing": dense}
+
+
+@provokes("gradients: four bytes a number are counted")
+def qlora_bill__gradients_in_float32(model: nn.Module) -> dict[str, int]:
+    everything = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained, numbers = sum(p.nbytes for p in parameters), sum(p.numel() for p in parameters)
+    dense = max((m.out_features * m.in_features * m.compute_dtype.itemsize for m in model.modules() if isinstance(m, ml.NF4Linear)), default=0)
+    return {"frozen": everything - trained, "trained": trained, "gradients": 4 * numbers, "moments": 2 * trained, "passing": dense}
+
+
+@provokes("moments: four bytes a number are counted")
+def qlora_bill__moments_in_float32(model: nn.Module) -> dict[str, int]:
+    everything = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    trained, numbers = sum(p.nbytes for p in parameters), sum(p.numel() for p in parameters)
+    dense = max((m.out_features * m.in_features * m.compute_dtype.itemsize for m in model.modules() if isinstance(m, ml.NF4Linear)), default=0)
+    return {"frozen": everything - trained, "trained": trained, "gradients": trained, "moments": 8 * numbers, "passing": dense}
 
 
 def _log(visits, room, goes):
@@ -224,6 +290,19 @@ def page_in_page_out__last_in_first_out(visits: list[int], room: int) -> list[tu
         if page not in here:
             if len(here) == room:
                 log.append(("out", here.pop()))
+            log.append(("in", page))
+            here.append(page)
+    return log
+
+
+@provokes("the page with the highest number goes out")
+def page_in_page_out__the_highest_number(visits: list[int], room: int) -> list[tuple[str, int]]:
+    here, log = [], []
+    for page in visits:
+        if page not in here:
+            if len(here) == room:
+                log.append(("out", max(here)))
+                here.remove(max(here))
             log.append(("in", page))
             here.append(page)
     return log
@@ -300,7 +379,7 @@ def left_after_merge__no_root(W: Tensor, dW: Tensor, block_size: int) -> tuple[f
     return ((D * dW).sum() / dW.square().sum()).item(), ((D - dW).square().sum() / dW.square().sum()).item()
 
 
-@provokes("what is left of dW is")
+@provokes("hand it block_size")
 def left_after_merge__one_block_size(W: Tensor, dW: Tensor, block_size: int) -> tuple[float, float]:
     W, dW = W.double(), dW.double()
     D = _nf4(W + dW, 64) - _nf4(W, 64)
@@ -365,6 +444,13 @@ class QLoRALayer__naive(_Layer):
 class QLoRALayer__no_scale(_Layer):
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + x @ self.A.T.to(x.dtype) @ self.B.T.to(x.dtype)
+
+
+@provokes("the scale is alpha / √rank")
+class QLoRALayer__scale_of_rslora(_Layer):
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__(linear, rank, alpha)
+        self.scale = alpha / math.sqrt(rank)
 
 
 @provokes("bytes, the layer stores")
