@@ -4,6 +4,7 @@
 """
 
 import argparse
+import math
 import statistics
 from pathlib import Path
 
@@ -120,7 +121,14 @@ The scores are held-out bits per byte; on facts and sums of the answers alone. *
 ## Question by question
 
 {(chr(10) * 2).join(paragraph(claim, verdicts, tasks) for claim in asked)}
-"""
+{"".join(f"{chr(10)}![{words}]({name}.png){chr(10)}" for name, words in WORDS.items() if name in pictures(content))}"""
+
+
+WORDS = {
+    "rates": "Held-out bits per byte against the learning rate, a curve for full fine-tuning and for LoRA of each of three ranks, a panel for each task",
+    "alpha": "A field for each alpha and learning rate of LoRA, its bits per byte written in it, the best of each alpha framed",
+    "intruders": "Forgetting against intruder dimensions in a layer, a named dot for each method on the dense base, a panel for each task",
+}
 
 
 REST = "## What a method costs"            # from there on the page is written by hand
@@ -202,7 +210,25 @@ def pictures(content: dict) -> dict[str, object]:
         curves[task] = {name: [[statistics.fmean(values) for values in zip(*points)] for points in zip(*scoreboard.score_of(runs, task, NAMES[name], "curve").values())]
                         for name in CURVES if name in entries}
     drawn = {"claims": plots.verdicts(rows), "quality": plots.quality(quality), "forgetting": plots.learning_and_forgetting(curves)}
+    dots = {task: [(name, *(statistics.fmean(scoreboard.score_of(runs, task, entry, score).values()) for score in ("intruders", "forgotten")))
+                   for name, entry in NAMES.items() if entry.base == "fp32" and scoreboard.score_of(runs, task, entry)] for task in tasks}
+    drawn["intruders"] = plots.intruder_dots(dots)
+    rates = {task: {name: spread for name, entry in (("full", claims.FULL), *((f"LoRA, rank {entry.rank}", entry) for entry in claims.RANKS))
+                    if (spread := scores_at(content["grid"], task, entry))} for task in TASKS}
+    if any(rates.values()):
+        drawn["rates"] = plots.rate_curves({task: curves for task, curves in rates.items() if curves})
+    alphas = {(entry.alpha, lr): statistics.fmean(scores) for entry in claims.ALPHAS for lr, scores in scores_at(content["grid"], "code", entry).items()}
+    if alphas:
+        drawn["alpha"] = plots.alpha_grid(alphas, "LoRA of rank 8 on code: held-out bits per byte")
     return drawn
+
+
+def scores_at(grid: list[dict], task: str, entry: Entry) -> dict[float, list[float]]:
+    """rate -> a score a seed."""
+    found = {}
+    for run in scoreboard.of(grid, task, entry):
+        found.setdefault(run["lr"], []).append(run["scores"]["bits_per_byte"] if run["scores"]["bits_per_byte"] is not None else math.nan)
+    return found
 
 
 if __name__ == "__main__":

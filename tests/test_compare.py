@@ -685,6 +685,28 @@ def test_pictures_and_csv_show_every_entry(tmp_path):
     assert len(lines) == 3 and lines[0].startswith("method,base,rank,task,seed,lr,bits_per_byte")
 
 
+def test_a_picture_of_verdicts_shows_each_in_margins_of_its_own_claim():
+    rows = [("one", [("voice", (0.1, 0.05, 0.15), "shown"), ("code", (-9.0, -9.5, -8.5), "contradicted")], 0.0, 0.05), ("two", [("voice", (0.5, 0.2, 0.8), "open")], 0.5, 0.1)]
+    axes = plots.verdicts(rows).axes[0]
+    marks = {tuple(map(float, (line.get_xdata()[0], round(line.get_ydata()[0], 3)))): line for line in axes.lines if len(line.get_xdata()) == 1}
+    at = sorted((x, line.get_marker(), line.get_color(), line.get_fillstyle()) for (x, _), line in marks.items())
+    assert at == [(-4.0, "<", plots.VERMILION, "full"), (0.0, "o", "#888888", "none"), (2.0, "o", plots.GREEN, "full")]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["one", "two"] and sorted(text.get_text() for text in axes.texts) == ["code", "voice", "voice"]
+
+
+def test_curves_of_rates_of_alphas_and_of_forgetting_are_the_numbers_that_were_given():
+    axes = plots.rate_curves({"code": {"full": {1e-3: [2.0, 2.2], 1e-4: [2.5, 2.5]}, "lora": {1e-2: [2.1]}}}).axes[0]
+    assert [list(container.lines[0].get_xdata()) for container in axes.containers] == [[1e-4, 1e-3], [1e-2]] and list(axes.containers[0].lines[0].get_ydata()) == [2.5, 2.1]
+    axes = plots.alpha_grid({(2.0, 1e-3): 2.5, (2.0, 1e-2): 2.0, (8.0, 1e-3): 2.25, (8.0, 1e-2): math.nan}, "t").axes[0]
+    assert sorted(text.get_text() for text in axes.texts) == ["2.00", "2.25", "2.50", "diverged"]
+    framed = [(round(patch.get_x() + 0.46), round(patch.get_y() + 0.46)) for patch in axes.patches if not patch.get_fill()]
+    assert framed == [(1, 0), (0, 1)]                              # the best rate of each alpha
+    axes = plots.learning_and_forgetting({"code": {"full": [[3.0, 0.0], [2.0, 4.0]]}}).axes[0]
+    assert list(axes.lines[0].get_xdata()) == [3.0, 2.0] and axes.get_xlim()[0] > axes.get_xlim()[1]
+    axes = plots.intruder_dots({"code": [("full", 0.1, 4.0), ("lora", 2.9, 5.0)]}).axes[0]
+    assert axes.collections[0].get_offsets().tolist() == [[0.1, 4.0], [2.9, 5.0]] and [text.get_text() for text in axes.texts] == ["full", "lora"]
+
+
 # The capacity curve and the film
 
 def test_bits_held_are_none_before_and_all_after_learning_by_heart():
