@@ -1,7 +1,7 @@
 """The published fight, in stages that can be run side by side, one process each. A stage that was stopped goes on.
 
     OMP_NUM_THREADS=1 python benchmarks/fight.py pilot voice facts sums code rates parts zero batches alpha capacity
-    python benchmarks/fight.py --publish            joins what is there into minilora/evidence/published.json
+    python benchmarks/fight.py publish              joins what is there into minilora/evidence/published.json
 
     pilot      full and LoRA at their usual rates, on seeds that no report uses: how long is long enough, and how many seeds decide
     voice …    the methods and what the claims need on this task: a rate searched for each, then SEEDS runs
@@ -99,6 +99,7 @@ def publish() -> None:
     """All stages but the pilot as one file, and what the pilot said."""
     files = sorted(file for file in FOLDER.glob("*/results.json") if not file.parent.name.startswith("pilot"))
     whole = compare.joined([compare.read(file) for file in files])
+    whole["runs"] = [run for run in whole["runs"] if run["seed"] < SEEDS]
     made = Counter((run["task"], Entry.of(run)) for run in whole["runs"])
     for part in ("search", "runs"):                        # an entry whose runs are not all there waits
         whole[part] = [record for record in whole[part] if made[record["task"], Entry.of(record)] >= SEEDS]
@@ -121,11 +122,7 @@ def say(text: str) -> None:
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("stages", nargs="*", choices=STAGES)
-    arguments.add_argument("--publish", action="store_true")
-    chosen = arguments.parse_args()
+    arguments.add_argument("stages", nargs="+", choices=[*STAGES, "publish"])
     torch.set_num_threads(1)
-    for stage in chosen.stages:
-        STAGES[stage]()
-    if chosen.publish:
-        publish()
+    for stage in arguments.parse_args().stages:
+        (publish if stage == "publish" else STAGES[stage])()

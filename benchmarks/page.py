@@ -95,8 +95,7 @@ otherwise on a large model, both may be right. `python benchmarks/page.py` write
 
     .venv/bin/python -m minilora claims
 
-Of {len(said)} verdicts {said.count('shown')} are shown, {said.count('contradicted')} contradicted and {said.count('open')} open. Of {decided} that the first half of the seeds decides alone, the second half alone
-contradicts {decided - again}.
+Of {len(said)} verdicts {said.count('shown')} are shown, {said.count('contradicted')} contradicted and {said.count('open')} open.{f" Of {decided} that the first half of the seeds decides alone, the second half alone contradicts {decided - again}." if decided else ""}
 
 ![A row a claim: the number judged and its interval for each task; right of the line it is shown, left of it contradicted; what is open is hollow](claims.png)
 
