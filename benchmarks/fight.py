@@ -100,6 +100,7 @@ def publish() -> None:
     files = sorted(file for file in FOLDER.glob("*/results.json") if not file.parent.name.startswith("pilot"))
     whole = compare.joined([compare.read(file) for file in files])
     whole["runs"] = [run for run in whole["runs"] if run["seed"] < SEEDS]
+    whole["runs"].sort(key=lambda run: [*compare.TASKS].index(run["task"]))
     made = Counter((run["task"], Entry.of(run)) for run in whole["runs"])
     for part in ("search", "runs"):                        # an entry whose runs are not all there waits
         whole[part] = [record for record in whole[part] if made[record["task"], Entry.of(record)] >= SEEDS]
