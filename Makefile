@@ -14,7 +14,7 @@ lab: .venv/ready
 
 # Two workers; tests/conftest.py gives each torch one thread, or they would wait for each other. What takes longest begins first.
 test: .venv/peers
-	$(BIN)/python -m pytest tests/test_lessons.py tests/test_checker.py notebooks tests --nbval-lax -q -n 2 --dist loadfile --no-loadscope-reorder --durations=8
+	$(BIN)/python -m pytest tests/test_answers.py tests/test_lessons.py tests/test_checker.py notebooks tests --nbval-lax -q -n 2 --dist loadfile --no-loadscope-reorder --durations=8
 
 mutants: .venv/ready
 	$(BIN)/python -m lessons.mutants $(OPTIONS)

@@ -4,12 +4,50 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"       # before torch is imported
 
+import subprocess
+import sys
+import xml.etree.ElementTree as xml
+from collections import defaultdict
+from pathlib import Path
+
 import pytest
 import torch
 
+import lessons
 import minilora as ml
 
 torch.set_num_threads(1)
+
+ROOT = Path(lessons.__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def alone():
+    """The environment of a pytest that a test starts: no options, no plugins, no worker of xdist."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")} | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+@pytest.fixture(scope="session")
+def verdicts(tmp_path_factory, alone):
+    """verdicts(kind): {answer's name: [(test, "" or its message), …]}; one pytest for all lessons, each kind once."""
+    done = {}
+
+    def verdicts(kind):
+        if kind not in done:
+            report = tmp_path_factory.mktemp("junit") / "report.xml"
+            run = subprocess.run([sys.executable, "-m", "pytest", "lessons", "-q", f"--answers={kind}", f"--junitxml={report}", "-p", "no:cacheprovider"],
+                                 cwd=ROOT, capture_output=True, text=True, env=alone)
+            assert run.returncode in (0, 1), run.stdout + run.stderr
+            done[kind] = defaultdict(list)
+            for case in xml.parse(report).iter("testcase"):
+                if case.find("skipped") is not None:                     # a test of an exercise to which this file has no answer
+                    continue
+                properties = {p.get("name"): p.get("value") for p in case.iter("property")}
+                failed = case.find("failure") is not None or case.find("error") is not None
+                done[kind][properties["answer"]].append((case.get("name"), (properties.get("message") or "no message") if failed else ""))
+        return done[kind]
+
+    return verdicts
 
 
 @pytest.fixture

@@ -1,4 +1,3 @@
-import torch
 
 
 def healthy(w, block=64):
