@@ -89,7 +89,7 @@ otherwise on a large model, both may be right. `python benchmarks/page.py` write
 {claims.MARGIN}. By one-sided t-tests of the paired differences, and all {len(said)} verdicts together by Benjamini and Hochberg's rule: of those that are not open one in
 {round(1 / claims.FALSE)} at most is expected to be wrong. Intervals are 95 % each. Predictions and margins were written before the runs.
 
-**Runs.** {len(every):,}, of which {len(content['search'])} only to find the rates: {about['cpu_seconds'] / 3600:.1f} hours of one core. Python {about['versions']['python']}, torch {about['versions']['torch']}.
+**Runs.** {len(every):,}, of which {len(content['search'])} only to find the rates: {about['cpu_seconds'] / 3600:.1f} hours of one core. Python {about['versions']['python']}, torch {about['versions']['torch']}.{not_yet(content, tasks, asked)}
 
 ## The verdicts
 
@@ -163,6 +163,13 @@ def enough_seeds(pilot: dict, tasks: list[str]) -> str:
     return f"In the pilot the paired differences of LoRA and full fine-tuning had a standard deviation of {'; '.join(said)}."
 
 
+def not_yet(content: dict, tasks: list[str], asked: list[Claim]) -> str:
+    """What is still to be run, if anything."""
+    missing = [f"the task {task}" for task in TASKS if task not in tasks]
+    missing += [f"“{claim.headline}”" for claim in CLAIMS if not claim.exact and claim not in asked]
+    return f"\n\n**Not run yet:** {'; '.join(missing)}. An empty cell below was not run yet either." if missing else ""
+
+
 def counted(verdicts: dict[tuple[str, str], Verdict], tasks: list[str]) -> str:
     exact = {key: [verdicts[key, task] for task in tasks if (key, task) in verdicts] for key, claim in CLAIM.items() if claim.exact}
     said = {"no_latency": "merged, LoRA adds no latency ({:.0f} times the FLOPs of the plain layer)", "lora_fa_memory": "LoRA needs {:.2f} times LoRA-FA's memory in all",
@@ -175,12 +182,13 @@ def table(runs: list[dict], tasks: list[str]) -> str:
     def mean(entry: Entry, task: str, score: str) -> float:
         return statistics.fmean(scoreboard.score_of(runs, task, entry, score).values())
 
-    there = [(name, entry) for name, entry in NAMES.items() if all(scoreboard.score_of(runs, task, entry) for task in tasks)]
+    there = [(name, entry) for name, entry in NAMES.items() if any(scoreboard.score_of(runs, task, entry) for task in tasks)]
     rows = [f"| method | trained | {' | '.join(tasks)} | forgotten: {' | '.join(tasks)} |", f"|---|---:|{'---:|' * 2 * len(tasks)}"]
     for name, entry in there:
-        trained = sorted({round(scoreboard.costs_of(runs, task, entry)["trainable_parameters"]) for task in tasks})
-        cells = [f"{trained[0]:,}" + (f" to {trained[-1]:,}" if len(trained) > 1 else ""), *(f"{mean(entry, task, 'bits_per_byte'):.3f}" for task in tasks),
-                 *(f"{mean(entry, task, 'forgotten'):.1f}" for task in tasks)]
+        ran = [task for task in tasks if scoreboard.score_of(runs, task, entry)]
+        trained = sorted({round(scoreboard.costs_of(runs, task, entry)["trainable_parameters"]) for task in ran})
+        cells = [f"{trained[0]:,}" + (f" to {trained[-1]:,}" if len(trained) > 1 else "")]
+        cells += [format(mean(entry, task, score), form) if task in ran else "" for score, form in (("bits_per_byte", ".3f"), ("forgotten", ".1f")) for task in tasks]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return lines(rows)
 
