@@ -68,7 +68,7 @@ def verdict(runs: list[dict], task: str, one: Entry, other: Entry, line: float, 
     """From the records to "shown", "contradicted" or "open": is `one` better than `other` by more than `line` on this task?
 
     runs: records {"method": …, "base": …, "rank": …, "task": …, "seed": …, "scores": {"bits_per_byte": …, …}, …}; Entry.of(record) tells whose it is
-    d: for each seed that both have, other's bits per byte less one's. A run that diverged has None: then the claim is open.
+    d: for each seed that both have, other's bits per byte less one's. A run that diverged has None: with such a run in a pair the claim is open.
     Two one-sided t-tests, `minilora.evidence.scoreboard.above(values, c)` being the p-value of "the mean is above c": is d̄ above `line`; is it
     below `worth`. Both are judged together with `others`, the p-values of all other tests at this table, by Benjamini and Hochberg's rule
     (`minilora.evidence.scoreboard.discoveries(p_values, rate)`). "shown" if the first is believed, else "contradicted" if the second is.

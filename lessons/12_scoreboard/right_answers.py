@@ -19,6 +19,11 @@ def rank_at_budget__loop(trained: dict[int, int], budget: int) -> int | None:
     return best if Fraction(abs(trained[best] - budget), budget) <= Fraction(1, 10) else None
 
 
+def rank_at_budget__ratio(trained: dict[int, int], budget: int) -> int | None:
+    rank = max(sorted(trained, reverse=True), key=lambda rank: -abs(trained[rank] - budget))
+    return rank if abs(trained[rank] / budget - 1) <= 0.1 else None
+
+
 def pareto_front__loops(points: dict[str, tuple[float, ...]]) -> list[str]:
     front = []
     for name, mine in points.items():
@@ -85,6 +90,22 @@ def believe__adjusted(p_values: list[float], rate: float = 0.05) -> list[bool]:
     """q of a p-value: the smallest rate at which it is believed, m p_j / j minimized over all p_j from p upwards."""
     ordered = sorted(p_values)
     return [any(q >= p and q <= rate * j / len(ordered) for j, q in enumerate(ordered, 1)) for p in p_values]
+
+
+def believe__q_values(p_values: list[float], rate: float = 0.05) -> list[bool]:
+    """The same, from the largest down: m p / k, and never more than its larger neighbour's."""
+    p, m = np.array(p_values), len(p_values)
+    order = np.argsort(p)
+    q = np.empty(m)
+    q[order] = np.minimum.accumulate((p[order] * m / np.arange(1, m + 1))[::-1])[::-1]
+    return [bool(each <= rate) for each in q]
+
+
+def enough_seeds__squares(pilot: list[float], reach: float) -> int:
+    for n in range(3, 51):
+        if (student_t(0.975, n - 1) / reach) ** 2 * statistics.variance(pilot) <= n:
+            return n
+    raise ValueError("more than 50")
 
 
 def verdict__by_hand(runs: list[dict], task: str, one: Entry, other: Entry, line: float, worth: float, others: list[float], rate: float = 0.05) -> str:

@@ -235,6 +235,16 @@ def enough_seeds__population(pilot: list[float], reach: float) -> int:
     return _first(reach, lambda n: student_t(0.975, n - 1) * statistics.pstdev(pilot) / math.sqrt(n))
 
 
+@provokes("two mistakes: t is the 0.95 quantile, and s")
+def enough_seeds__one_side_of_the_population(pilot: list[float], reach: float) -> int:
+    return _first(reach, lambda n: student_t(0.95, n - 1) * statistics.pstdev(pilot) / math.sqrt(n))
+
+
+@provokes("too few seeds, ")
+def enough_seeds__one_side_normal(pilot: list[float], reach: float) -> int:
+    return _first(reach, lambda n: 1.645 * statistics.stdev(pilot) / math.sqrt(n))
+
+
 @provokes("3 seeds are the fewest")
 def enough_seeds__two(pilot: list[float], reach: float) -> int:
     return _first(reach, lambda n: student_t(0.975, n - 1) * statistics.stdev(pilot) / math.sqrt(n), least=2)
@@ -245,7 +255,7 @@ def enough_seeds__any_number(pilot: list[float], reach: float) -> int:
     return _first(reach, lambda n: student_t(0.975, min(n, 60) - 1) * statistics.stdev(pilot) / math.sqrt(n), most=100_000)
 
 
-@provokes("six seeds reach exactly as far")
+@provokes("sixteen seeds reach exactly as far")
 def enough_seeds__strict(pilot: list[float], reach: float) -> int:
     for n in range(3, 51):
         if student_t(0.975, n - 1) * statistics.stdev(pilot) / math.sqrt(n) < reach:
@@ -354,6 +364,13 @@ def verdict__bonferroni(runs: list[dict], task: str, one: Entry, other: Entry, l
 @provokes("leaving it out would favour")
 def verdict__diverged_left_out(runs: list[dict], task: str, one: Entry, other: Entry, line: float, worth: float, others: list[float], rate: float = 0.05) -> str:
     return _says([x for x in _d(runs, task, one, other) if not math.isnan(x)], line, worth, others, rate)
+
+
+@provokes("it is no pair, and says nothing of the pairs")
+def verdict__any_that_diverged(runs: list[dict], task: str, one: Entry, other: Entry, line: float, worth: float, others: list[float], rate: float = 0.05) -> str:
+    if any(run["scores"]["bits_per_byte"] is None for run in runs if run["task"] == task and Entry.of(run) in (one, other)):
+        return "open"
+    return _says(_d(runs, task, one, other), line, worth, others, rate)
 
 
 @provokes("whose record is it")
