@@ -224,7 +224,7 @@ class Results:
         if self.left is not None and (not self.path.exists() or self.path.read_bytes() != self.left):
             raise ValueError(f"{self.path} was changed by something else, another comparison perhaps; run one at a time, or take another --out")
         self.content[part].append(record)
-        self.content["about"]["cpu_seconds"] = round(self.content["about"]["cpu_seconds"] + time.process_time() - self.since)
+        self.content["about"]["cpu_seconds"] = round(self.content["about"]["cpu_seconds"] + time.process_time() - self.since, 2)
         self.since = time.process_time()
         self.left = write(self.path, self.content)
 
