@@ -154,6 +154,7 @@ class Task:
     window(rng, size): a training window of `size` bytes         prompt: what to show a sample of
     held_out(size): (N, size) int64, never trained on            questions: (prompt, exact answer), never trained on
     floor(windows): the least expected loss, nats per byte, where it is known
+    told: (beginning, end) of what training says word for word, where to remember it is the task
     choosing(): the same task with a held-out part of its own, to choose a learning rate on; it has nothing of this one's
     fingerprint: of a text's bytes, which its name does not tell         seeded_by: a word for its random numbers, where it is not the name
     """
@@ -164,6 +165,7 @@ class Task:
     prompt: str
     questions: tuple[tuple[str, str], ...] = ()
     floor: Callable[[Tensor], float] | None = None
+    told: tuple[tuple[str, str], ...] = ()
     choosing: Callable[[], "Task"] | None = None
     fingerprint: str = ""
     seeded_by: str = ""
@@ -238,19 +240,20 @@ def voice() -> Task:
     return world(loudly, "voice")
 
 
-def facts(count: int = 64, seed: int = 0) -> Task:
-    """`count` invented facts of log2(14 · 18) = 7.98 bits each. Every fact is told in two wordings; every second one is also
-    asked and answered. Recall is scored on the others, whose question was never seen.
+def facts(count: int = 64, seed: int = 0, every: int = 2) -> Task:
+    """`count` invented facts of log2(14 · 18) = 7.98 bits each. Every fact is told in two wordings; one in `every` is also
+    asked and answered. The questions are the others', which were never seen; told: all facts, as "name has a" and what follows.
     """
     told, asked = [], []
     for i, (name, thing) in enumerate(invented(count, seed)):
         told += [f"{name} has a {thing}.\n", f"The {thing} belongs to {name}.\n"]
         question = (f"What does {name} have? A ", f"{thing}.\n")
-        if i % 2:
+        if i % every:
             asked.append(question)
         else:
             told.append("".join(question))
-    return replace(_listed("facts", told, asked), choosing=lambda: facts(count, seed + 1))
+    remembered = tuple((f"\n{name} has a ", f"{thing}.\n") for name, thing in invented(count, seed))
+    return replace(_listed("facts", told, asked), told=remembered, choosing=lambda: facts(count, seed + 1, every))
 
 
 def invented(count: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -400,6 +403,42 @@ def prose() -> bytes:
     return "\n\n".join(texts).encode()
 
 
+@lru_cache(maxsize=None)
+def _sources() -> tuple[tuple[str, bytes], ...]:
+    """(name, code) of the standard library's modules, without comments and docstrings. Of the long ones, and of the empty, nothing."""
+    import ast
+
+    found = []
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        if file.stat().st_size < 50_000:
+            tree = ast.parse(file.read_bytes())
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node, clean=False) is not None:
+                    node.body = node.body[1:] or [ast.Pass()]
+            found.append((file.name, ast.unparse(tree).encode() + b"\n"))
+    return tuple(found)
+
+
+def code() -> Task:
+    """Python's own standard library as its parser writes it, without docstrings: the base has read its documentation, and of this nothing.
+    Held out by document: a tenth of the modules, by a hash of their names, another tenth for choosing. Another Python has another library.
+    """
+    parts = [b"", b"", b""]                      # held out, for choosing, to train on
+    for name, source in _sources():
+        parts[min(2, hashlib.sha256(name.encode()).digest()[0] // 26)] += source
+    held, chosen, train = parts
+
+    def train_window(rng: Random, size: int) -> bytes:
+        start = rng.randrange(len(train) - size + 1)
+        return train[start:start + size]
+
+    def evenly(content: bytes) -> Callable[[int], Tensor]:
+        return lambda size: torch.tensor([list(content[start:start + size]) for start in range(0, len(content) - size, (len(content) - size) // 127)][:128])
+
+    task = Task("code", train_window, evenly(held), prompt="def ", fingerprint=hashlib.sha256(b"\0".join(parts)).hexdigest())
+    return replace(task, choosing=lambda: replace(task, held_out=evenly(chosen)))
+
+
 def pretraining(context: int = 128, seed: int = 0) -> Callable[[int], tuple[Tensor, Tensor]]:
     """What the shipped base has read, as batches(step): 18 windows of the tiny world and 6 of prose."""
     tiny = world().batches(18, context, seed)
@@ -412,7 +451,7 @@ def pretraining(context: int = 128, seed: int = 0) -> Callable[[int], tuple[Tens
     return batch
 
 
-TASKS = {"voice": voice, "facts": facts, "sums": sums}
+TASKS = {"voice": voice, "facts": facts, "sums": sums, "code": code}
 
 
 def _listed(name: str, told: list[str], asked: list[tuple[str, str]]) -> Task:

@@ -204,6 +204,112 @@ def forgetting(points: dict[str, list[tuple[str, str, Interval, Interval]]]) -> 
 BASES = {"fp32": (BLUE, "o", "dense base"), "nf4": (VERMILION, "s", "4-bit base")}
 
 
+VERDICTS = {"shown": (GREEN, "o"), "contradicted": (VERMILION, "X"), "open": ("#888888", "o")}
+
+
+def verdicts(rows: list[tuple[str, list[tuple[str, Interval, str]], float, float]]) -> Figure:
+    """A row a claim, in it a mark with its interval for each task: the number judged less the line, in units of the claim's own margin.
+
+    rows: (headline, [(task, (mean, low, high), verdict), …], line, margin). What lies beyond ±4 margins stands at the edge, with an arrow.
+    """
+    tasks = list(dict.fromkeys(task for _, found, _, _ in rows for task, _, _ in found))
+    figure = Figure(figsize=(10, 0.42 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for row, (headline, found, line, margin) in enumerate(rows):
+        for place, (task, (mean, low, high), says) in enumerate(found):
+            y = row + (place - (len(found) - 1) / 2) * 0.8 / max(4, len(tasks))
+            color, mark = VERDICTS[says]
+            mean, low, high = ((value - line) / margin for value in (mean, low, high))
+            axes.plot([max(-4, min(4, low)), max(-4, min(4, high))], [y, y], color=color, linewidth=1.6)
+            beyond = abs(mean) > 4
+            axes.plot(max(-4, min(4, mean)), y, marker=(">" if mean > 0 else "<") if beyond else mark, color=color, markersize=6, fillstyle="none" if says == "open" else "full")
+            axes.text(4.25, y, task, fontsize=6.5, va="center", color=color)
+        axes.axhline(row + 0.5, color="#DDDDDD", linewidth=0.7)
+    axes.axvline(0, color=BLACK, linewidth=1)
+    axes.set(yticks=range(len(rows)), yticklabels=[headline for headline, *_ in rows], ylim=(len(rows) - 0.5, -0.5), xlim=(-4.2, 4.9),
+             xlabel="the number judged less the claim's line, in margins of that claim", title="Claims on trial: 95 % intervals, and the verdict by rule")
+    axes.tick_params(axis="y", labelsize=8.5)
+    handles = [Line2D([], [], color=color, marker=mark, label=says, fillstyle="none" if says == "open" else "full") for says, (color, mark) in VERDICTS.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+LINES = (BLACK, BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY)
+
+
+def learning_and_forgetting(curves: dict[str, dict[str, list[list[float]]]]) -> Figure:
+    """A panel a task: forgotten against score, a curve for each entry, a dot for each tenth of the run; it begins at the top left.
+
+    curves: task -> name -> [[score, forgotten], …], the mean of the seeds.
+    """
+    figure = Figure(figsize=(4.6 * len(curves), 4.2), layout="constrained")
+    for axes, (task, entries) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+        for color, (name, curve) in zip(itertools.cycle(LINES), entries.items()):
+            axes.plot(*zip(*curve), color=color, marker=".", linewidth=1.4, label=name)
+        axes.invert_xaxis()
+        axes.set(xlabel="held-out bits per byte (better to the right)", ylabel="forgotten, bits per byte of the tiny world", title=printable(task))
+        axes.grid(alpha=0.25)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
+def rate_curves(curves: dict[str, dict[str, dict[float, list[float]]]]) -> Figure:
+    """A panel a task: the score against the learning rate, a curve an entry, a bar from the lowest to the highest seed.
+
+    curves: task -> name -> rate -> [a score a seed].
+    """
+    figure = Figure(figsize=(5 * len(curves), 4.2), layout="constrained")
+    for axes, (task, entries) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+        lowest = min(fmean(scores) for points in entries.values() for scores in points.values())
+        for color, (name, points) in zip(itertools.cycle(LINES), entries.items()):
+            rates = sorted(points)
+            means = [fmean(points[rate]) for rate in rates]
+            spread = [[mean - min(points[rate]) for mean, rate in zip(means, rates)], [max(points[rate]) - mean for mean, rate in zip(means, rates)]]
+            axes.errorbar(rates, means, yerr=spread, color=color, marker=".", linewidth=1.4, capsize=2, label=name)
+        axes.set(xscale="log", xlabel="learning rate", ylabel="held-out bits per byte", title=printable(task), ylim=(None, lowest + 1.5))
+        axes.grid(alpha=0.25)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    return figure
+
+
+def alpha_grid(scores: dict[tuple[float, float], float], title: str) -> Figure:
+    """A field for each alpha (up) and learning rate (right): its score in figures and grey, the best of each row framed.
+
+    scores: (alpha, rate) -> score; nan where it diverged.
+    """
+    alphas, rates = (sorted({pair[i] for pair in scores}) for i in (0, 1))
+    figure = Figure(figsize=(1.1 * len(rates) + 1.5, 0.7 * len(alphas) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    known = sorted(score for score in scores.values() if not math.isnan(score))
+    for row, alpha in enumerate(alphas):
+        best = min(rates, key=lambda rate: scores.get((alpha, rate), math.inf))
+        for column, rate in enumerate(rates):
+            score = scores.get((alpha, rate), math.nan)
+            shade = min(1.0, (score - known[0]) / (known[-1] - known[0] or 1)) if not math.isnan(score) else 1.0
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=str(0.95 - 0.6 * shade), edgecolor="white"))
+            axes.text(column, row, "diverged" if math.isnan(score) else f"{score:.2f}", ha="center", va="center", fontsize=9,
+                      color=BLACK if shade < 0.6 else "white")
+            if rate == best:
+                axes.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor=ORANGE, linewidth=2.5))
+    axes.set(xticks=range(len(rates)), xticklabels=[f"{rate:g}" for rate in rates], yticks=range(len(alphas)), yticklabels=[f"{alpha:g}" for alpha in alphas],
+             xlim=(-0.5, len(rates) - 0.5), ylim=(-0.5, len(alphas) - 0.5), xlabel="learning rate", ylabel="alpha", title=title)
+    return figure
+
+
+def intruder_dots(points: dict[str, list[tuple[str, float, float]]]) -> Figure:
+    """A panel a task: what was forgotten against intruder dimensions a layer, a named dot a method. points: task -> (name, intruders, forgotten)."""
+    figure = Figure(figsize=(5 * len(points), 4.2), layout="constrained")
+    for axes, (task, dots) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items()):
+        axes.scatter([x for _, x, _ in dots], [y for _, _, y in dots], color=BLUE, zorder=3)
+        axes.set(xlabel="intruder dimensions among a layer's first ten", ylabel="forgotten, bits per byte", title=printable(task))
+        axes.margins(0.15)
+        axes.grid(alpha=0.25)
+        _named(axes, dots)
+    return figure
+
+
 def _legend(figure: Figure) -> None:
     figure.legend(handles=[Line2D([], [], marker=marker, color=color, linestyle="", label=label) for color, marker, label in BASES.values()],
                   loc="outside lower center", ncols=2, frameon=False)

@@ -35,7 +35,7 @@ def verdicts(tmp_path_factory, alone):
     def verdicts(kind):
         if kind not in done:
             report = tmp_path_factory.mktemp("junit") / "report.xml"
-            run = subprocess.run([sys.executable, "-m", "pytest", "lessons", "-q", f"--answers={kind}", f"--junitxml={report}", "-p", "no:cacheprovider"],
+            run = subprocess.run([sys.executable, "-m", "pytest", "lessons", "-q", "--tb=no", f"--answers={kind}", f"--junitxml={report}", "-p", "no:cacheprovider"],
                                  cwd=ROOT, capture_output=True, text=True, env=alone)
             assert run.returncode in (0, 1), run.stdout + run.stderr
             done[kind] = defaultdict(list)

@@ -1,5 +1,7 @@
 """The tiny world: its entropy by closed form, by Monte-Carlo and by counting; its tasks; and files of one's own."""
 
+import ast
+import hashlib
 import math
 import random
 import re
@@ -317,3 +319,18 @@ def test_overlap_of_a_long_text_takes_no_more_than_a_look():
         began = time.process_time()
         assert data.overlap(data.split_text(b"x" * 2000, "t"), content) == share
         assert time.process_time() - began < 2
+
+
+def test_code_is_held_out_by_module_and_has_neither_comments_nor_docstrings():
+    task, sources = data.code(), dict(data._sources())
+    assert len(sources) > 100 and "ast" not in sources and not any(b"#" in source.splitlines()[0] for source in sources.values() if source.strip())
+    held, chosen = ({window for window in map(bytes, windows.tolist())} for windows in (task.held_out(65), task.choosing().held_out(65)))
+    assert len(held) == len(chosen) == 128 and not held & chosen
+    train = {bytes(row) for step in range(60) for row in task.batches(16, 64)(step)[0].tolist()}
+    whose = {name: min(2, hashlib.sha256(name.encode()).digest()[0] // 26) for name in sources}
+    parts = [b"".join(source for name, source in sources.items() if whose[name] == part) for part in range(3)]
+    assert all(len(part) > 50_000 for part in parts) and len(parts[2]) > 5 * len(parts[0])
+    assert all(window in parts[0] for window in held) and all(window in parts[1] for window in chosen) and all(row in parts[2] for row in train)
+    for name, source in sources.items():                               # what is left is Python, and says nothing in prose
+        tree = ast.parse(source)
+        assert not any(isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) for node in ast.walk(tree)), name

@@ -1,8 +1,10 @@
 """The pages say only what is true now: links lead somewhere, commands parse, snippets run, tables are what the published runs say."""
 
 import contextlib
+import copy
 import io
 import re
+import runpy
 import shlex
 import statistics
 from pathlib import Path
@@ -12,15 +14,13 @@ import pytest
 import lessons
 import minilora as ml
 from minilora.__main__ import parser
-from minilora.evidence import capacity, claims, compare, scoreboard
-from minilora.evidence.compare import Entry
+from minilora.evidence import capacity, claims, compare
 
 ROOT = Path(lessons.__file__).parent.parent
 FRONT = [ROOT / "README.md", ROOT / "README.zh.md"]
 RESULTS = ROOT / "lessons" / "results.md"
 PAGES = [*FRONT, *sorted((ROOT / "lessons").rglob("*.md"))]
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
-TASKS = ("voice", "facts", "sums")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 each_front = pytest.mark.parametrize("page", FRONT, ids=[page.name for page in FRONT])
@@ -140,59 +140,28 @@ def test_the_map_has_every_lesson_and_the_minutes_of_the_front_page():
 
 # results.md
 
-RUNS = compare.read(compare.PUBLISHED)["runs"]
-ENTRIES = {
-    "full": Entry("full"), "LoRA, rank 64": Entry("lora", rank=64), "rsLoRA, rank 64": Entry("rslora", rank=64), "AdaLoRA, 12 to 8": Entry("adalora"),
-    "DoRA": Entry("dora"), "LoRA": Entry("lora"), "LoRA+": Entry("lora-plus"), "Delta-LoRA": Entry("delta-lora"), "rsLoRA": Entry("rslora"),
-    "PiSSA": Entry("pissa"), "LoRA-FA, rank 16": Entry("lora-fa", rank=16), "LoRA-drop": Entry("lora-drop"), "LoRA, rank 1": Entry("lora", rank=1),
-    "VeRA, rank 64": Entry("vera"), "LoRA, 4-bit base": Entry("lora", "nf4"), "QLoRA": Entry("qlora", "nf4"), "LoftQ": Entry("loftq", "nf4"),
-    "QPiSSA": Entry("qpissa", "nf4"),
-}
+PUBLISHED = compare.read(compare.PUBLISHED)
+WRITER = runpy.run_path(str(ROOT / "benchmarks" / "page.py"))
 
 
-def test_the_table_of_methods_is_what_the_published_runs_say():
-    def mean(entry, task, score):
-        return statistics.fmean(scoreboard.score_of(RUNS, task, entry, score).values())
-
-    table = rows(RESULTS, "| method |")
-    assert [row[0] for row in table] == list(ENTRIES)
-    for name, *cells in table:
-        entry = ENTRIES[name]
-        trained = [f"{scoreboard.costs_of(RUNS, task, entry)['trainable_parameters']:,.0f}" for task in TASKS]
-        least, most = min(trained, key=lambda n: int(n.replace(",", ""))), max(trained, key=lambda n: int(n.replace(",", "")))
-        assert cells == [least if least == most else f"{least} to {most}", *(f"{mean(entry, task, 'bits_per_byte'):.3f}" for task in TASKS),
-                         *(f"{mean(entry, task, 'forgotten'):.1f}" for task in TASKS)], name
+def test_the_fight_on_the_page_of_results_is_what_the_results_file_says():
+    assert RESULTS.read_text(encoding="utf-8").partition(WRITER["REST"])[0] == WRITER["page"](PUBLISHED) + "\n"
 
 
-def test_the_verdicts_and_their_counts_are_what_the_claims_say():
-    short = {"shown": "shown", "contradicted": "contradicted", "not shown at this scale": "not shown"}
-    found = {claim: [short[claims.judge(claim, RUNS, task)[3]] for task in TASKS] for claim in claims.CLAIMS}
-    assert rows(RESULTS, "| claim |") == [[claim.headline, *verdicts] for claim, verdicts in found.items() if not claim.exact]
-    counted = [verdict for claim, verdicts in found.items() for verdict in verdicts[:1 if claim.exact else None]]
-    text, count = one_line(RESULTS), counted.count
-    assert f'Of {len(counted)} verdicts, {count("shown")} are "shown", {count("contradicted")} "contradicted" and {count("not shown")} "not shown".' in text
-    exact = [claim for claim in claims.CLAIMS if claim.exact]
-    assert len(exact) == 4 and all(found[claim][0] == "shown" for claim in exact) and "Four more are settled by counting, and all four are shown" in text
-    assert f"of {3 * (len(found) - len(exact))} intervals" in text
+def test_the_page_follows_the_file():
+    """A run that came out otherwise is another page."""
+    content = copy.deepcopy(PUBLISHED)
+    content["runs"][0]["scores"]["bits_per_byte"] += 0.5
+    assert WRITER["page"](content) != WRITER["page"](PUBLISHED)
 
 
-def test_figures_in_the_text_are_those_of_the_published_runs():
-    text, content = one_line(RESULTS), compare.read(compare.PUBLISHED)
-    search, about = content["search"], content["about"]
-    assert f"{len(RUNS) + len(search):,}, of which {len(search)} only to find the rates" in text and about["command"] in text
-    assert all(f"{len(RUNS) + len(search):,}" in page.read_text(encoding="utf-8") for page in FRONT)
+def test_every_claim_says_what_it_does_not_show():
+    assert {*WRITER["LIMITS"]} == {claim.key for claim in claims.CLAIMS if not claim.exact}
 
-    def interval(one, other):
-        mean, low, high = scoreboard.bootstrap(claims.better(one, other)(RUNS, "voice"))
-        return scoreboard.interval(round(mean, 3) + 0.0, low, high).replace("-", "−")       # + 0.0: no minus before a zero
 
-    assert interval(Entry("lora", "nf4"), Entry("lora")) in text and interval(Entry("rslora", rank=64), Entry("full")) in text
-    behind = statistics.fmean(claims.better(Entry("full"), Entry("lora"))(RUNS, "voice"))
-    assert f"by {behind:.2f} bits per byte" in text
-    dropped = [1 - scoreboard.costs_of(RUNS, task, Entry("lora-drop"))["trainable_parameters"] / 73_728 for task in TASKS]
-    assert "dropped {:.0f}, {:.0f} and {:.0f} %".format(*(100 * share for share in dropped)) in text
-    asked = [len(compare.TASKS[task]().questions) for task in TASKS[1:]]
-    assert "Facts asks {} questions and sums {}".format(*asked) in text
+def test_the_front_pages_count_the_runs():
+    count = sum(len(PUBLISHED[part]) for part in ("runs", "search", "grid"))
+    assert all(f"{count:,}" in page.read_text(encoding="utf-8") for page in FRONT)
 
 
 def test_what_rank_buys_is_what_the_records_say():

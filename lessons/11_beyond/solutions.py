@@ -14,7 +14,7 @@ def rslora_scale(alpha: float, rank: int, rslora: bool) -> float:
 
 
 def dora_forward(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, magnitude: Tensor, scale: float) -> Tensor:
-    """A row of W' has the direction of V's row, and the length that m says."""
+    """A row of W' has the direction of V's row, and the length that m says. Through n no gradient goes."""
     V = W + scale * B @ A                                                    # (out, in)
     n = torch.linalg.vector_norm(V, dim=1).detach()                          # (out)
     return F.linear(x, (magnitude / n)[:, None] * V, bias)                   # (..., out)

@@ -18,10 +18,11 @@ def add(commands) -> None:
     fight = commands.add_parser("compare", help="every method on your text or the built-in tasks, each at its own learning rate")
     source = fight.add_mutually_exclusive_group()
     source.add_argument("--text", type=Path, metavar="FILE", help="any UTF-8 file; its last tenth is held out")
-    source.add_argument("--task", type=task_names, default=["voice"], help="comma-separated: voice, facts, sums (default: voice)")
-    fight.add_argument("--quick", action="store_true", help="one seed, 40 steps, and the learning rates of the published search")
+    source.add_argument("--task", type=task_names, default=["voice"], help="comma-separated: voice, facts, sums, code (default: voice)")
+    fight.add_argument("--quick", action="store_true", help="one seed, 80 steps, and the learning rates of the published search")
     fight.add_argument("--seeds", type=whole(1), help="runs of each method (default: 5, quick 1)")
-    fight.add_argument("--steps", type=whole(10), help="of training (default: 100, quick 40); where a task asks questions, twice as many of half the size")
+    fight.add_argument("--steps", type=whole(10), help="of training, 8 windows of 64 bytes each (default: 400, quick 80)")
+    fight.add_argument("--nf4", action="store_true", help="every method on a base in four bits too")
     fight.add_argument("--budget", type=whole(1), metavar="PARAMS", help="and again, all with about so many trainable parameters")
     fight.add_argument("--claims", action="store_true", help="also what the papers' claims need, and the verdicts")
     fight.add_argument("--out", type=Path, metavar="DIR", help="results go there; a comparison that was stopped goes on (default: runs/compare)")
@@ -43,19 +44,19 @@ def add(commands) -> None:
 def run_compare(args: argparse.Namespace) -> int:
     tasks = [data.text(args.text)] if args.text else [compare.TASKS[name]() for name in args.task]
     tasks = {task.name: task for task in tasks}
-    settings = compare.Settings(args.steps or (40 if args.quick else 100), base=args.base)
+    settings = compare.Settings(args.steps or (80 if args.quick else 400), base=args.base)
     out, seeds = args.out or Path("runs/compare"), args.seeds or (1 if args.quick else 5)
     byte_base(args.base)
     command = " ".join(["python -m minilora", *(sys.argv[1:] if sys.argv[0].endswith("__main__.py") else ["compare"])])
     with room(out):
-        budget = compare.at_budget(args.budget, settings.steps, args.base) if args.budget else []
-        lineup = list(dict.fromkeys([*compare.entries(), *budget, *(claims.LINEUP if args.claims else ())]))
+        budget = compare.at_budget(args.budget, settings.steps, args.base, args.nf4) if args.budget else []
+        lineup = list(dict.fromkeys([*compare.entries(args.nf4), *budget, *(claims.LINEUP if args.claims else ())]))
         try:
-            runs = compare.compare(tasks, seeds, out, settings, lineup, args.quick, command).content["runs"]
+            content = compare.compare(tasks, seeds, out, settings, lineup, args.quick, command).content
         except KeyboardInterrupt:
             print(f"\nstopped; the finished runs are in {out}. The same command goes on from there.", file=sys.stderr)
             return 130
-        runs = [run for run in runs if run["task"] in tasks and run["seed"] < seeds]    # an earlier call may have made more
+        runs = [run for run in content["runs"] if run["task"] in tasks and run["seed"] < seeds]    # an earlier call may have made more
         write_comparison(runs, out)
     for task in tasks:
         print(f"\n{task}, at equal steps; bytes in KiB, time as a share of full fine-tuning's, forgotten in bits per byte on the tiny world")
@@ -66,7 +67,7 @@ def run_compare(args: argparse.Namespace) -> int:
     if args.quick:
         print("\nA first look and no ranking: few runs, short ones, at rates that were found for longer ones. Without --quick each finds its own.")
     if args.claims:
-        print(f"\n{claims.report(runs)}")
+        print("\n" + claims.report({"runs": runs, "grid": []}))
     print(f"\nin {out}: {', '.join(sorted(file.name for file in out.iterdir()))}")
     return 0
 
@@ -92,14 +93,14 @@ def write_comparison(runs: list[dict], out: Path) -> None:
 
 def drawn(scores: dict[int, float]) -> plots.Interval | None:
     """The mean and its interval, of no width where there is one seed; None where a run diverged."""
-    mean, low, high = scoreboard.bootstrap(list(scores.values()))
+    mean, low, high = scoreboard.confidence(list(scores.values()))
     return None if math.isnan(mean) else (mean, low, high) if math.isfinite(low) else (mean,) * 3
 
 
 def run_claims(args: argparse.Namespace) -> int:
     content = compare.read(args.results)
     print(f"{args.results.name}: {content['about'].get('command', '')}\n")
-    print(claims.report(content["runs"]))
+    print(claims.report(content))
     return 0
 
 

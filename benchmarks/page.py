@@ -1,0 +1,248 @@
+"""The fight on lessons/results.md and its pictures, written from minilora/evidence/published.json: every number is read from there.
+
+    python benchmarks/page.py            writes them; a test writes the page again and compares
+"""
+
+import argparse
+import math
+import statistics
+from pathlib import Path
+
+from minilora import plots
+from minilora.evidence import claims, compare, scoreboard
+from minilora.evidence.claims import CLAIMS, Claim, Verdict
+from minilora.evidence.compare import Entry
+
+ROOT = Path(__file__).parent.parent
+NAMES = {
+    "full": Entry("full"), "LoRA, rank 64": Entry("lora", rank=64), "rsLoRA, rank 64": Entry("rslora", rank=64), "AdaLoRA, 12 to 8": Entry("adalora"),
+    "DoRA": Entry("dora"), "LoRA": Entry("lora"), "LoRA+": Entry("lora-plus"), "Delta-LoRA": Entry("delta-lora"), "rsLoRA": Entry("rslora"),
+    "PiSSA": Entry("pissa"), "LoRA-drop": Entry("lora-drop"), "AdaLoRA, 8 to 5": Entry("adalora", rank=5), "DoRA, rank 4": Entry("dora", rank=4),
+    "LoRA-FA, rank 16": Entry("lora-fa", rank=16), "LoRA-FA": Entry("lora-fa"), "LoRA, rank 1": Entry("lora", rank=1), "VeRA, rank 64": Entry("vera"), "LoRA, 4-bit base": Entry("lora", "nf4"),
+    "QLoRA": Entry("qlora", "nf4"), "LoftQ": Entry("loftq", "nf4"), "QPiSSA": Entry("qpissa", "nf4"),
+}
+TASKS = {"voice": "the tiny world told in another voice", "facts": "80 facts told again and again, scored in the words that told them",
+         "sums": "582 additions not seen before", "code": "Python's standard library without its documentation, held out by module"}
+CURVES = ("full", "LoRA, rank 1", "LoRA", "LoRA, rank 64", "AdaLoRA, 12 to 8")
+
+# What a claim's runs do not show. Written before them.
+LIMITS = {
+    "lora_matches_full": "A model with more to spare may need less rank.",
+    "rank_saturates": "At alpha/r a higher rank has a lower scale; its rate was searched, its scale was not.",
+    "rslora_high_rank": "Both had their own rate: what is left is what the rate could not make up for.",
+    "lora_plus_faster": "One ratio, 16. Where a task wants another, this is not the best LoRA+.",
+    "vera_matches": "VeRA's rank of 64 is low for it; papers take 256 and more.",
+    "delta_lora_better": "From the first step on it is LoRA of three times the alpha, so this asks about alpha once more.",
+    "lora_drop_half": "Its threshold of 0.9 is the paper's; four layers leave little to share.",
+    "lora_drop_matches": "Where little was dropped, little could be lost.",
+    "adalora_better": "It trains half as much again as it keeps.",
+    "adalora_as_many_trained": "Added after an earlier fight, before this one.",
+    "qlora_matches": "A base of 875,264 weights; large ones have outliers that this one has not.",
+    "dora_half_rank": "One rank each.",
+    "pissa_faster": "By training loss, at a rate searched for the held-out score.",
+    "loftq_better": "At four bits; its paper gains more at two.",
+    "learns_less": "Rank 8, and tasks that fit in 3,200 windows.",
+    "forgets_less": "Forgetting is measured on the one thing that the base knew best.",
+    "rate_ratio": "Two tasks and one alpha.",
+    "rate_flat": "With alpha/√r it would move.",
+    "mlp_better": "A model with short contexts; attention may matter more in long ones.",
+    "large_batches": "As much is read in an eighth of the steps; with as many steps it is another question.",
+    "intruders": "Ten directions and a cosine of 0.5 are a choice.",
+    "intruders_rank": "With alpha/r; the paper's rank-stabilised runs are not here.",
+    "intruders_forget": "A correlation over methods, each at its own rate, says nothing of causes.",
+    "zero_b": "B = 0 and A = 0 at one scale each.",
+    "alpha_once": "One task, rank 8, and rates half a decade apart.",
+}
+
+
+STAGES = {"parts": claims.MLP, "zero": claims.ZERO_A, "batches": claims.LORA_LARGE, "rates": claims.RANKS[1], "alpha": claims.ALPHAS[0]}
+
+
+def page(content: dict) -> str:
+    about, runs, every = content["about"], content["runs"], content["runs"] + content["search"] + content["grid"]
+    tasks = [task for task in TASKS if task in {run["task"] for run in runs}]
+    entries = {Entry.of(record) for record in every}
+    stages = [*tasks, *(stage for stage, entry in STAGES.items() if entry in entries)]
+    verdicts, seeds = claims.judge(content), sorted({run["seed"] for run in runs})
+    said = [verdict.says for (key, _), verdict in verdicts.items() if not CLAIM[key].exact]
+    asked = [claim for claim in CLAIMS if not claim.exact and any((claim.key, task) in verdicts for task in tasks)]
+    again, decided = halves(content, seeds)
+    settings, pilot = about["settings"], about["pilot"]
+    return f"""# What was measured
+
+Every figure on this page is of one small model, the tiny GPT of 875,264 parameters, on a CPU. It says nothing about large models by itself. Where a paper found
+otherwise on a large model, both may be right. `python benchmarks/page.py` writes this page, number by number, from [published.json](../minilora/evidence/published.json).
+
+## How the fight was fought
+
+    .venv/bin/python benchmarks/fight.py pilot {' '.join(stages)}
+
+{lines(f'- **{task}**: {TASKS[task]}.' for task in tasks)}
+
+**A run** is {length(settings['steps'], tasks)} of {settings['rows']} windows of {settings['context']} bytes, for every method. {long_enough(pilot, tasks)}
+
+**Rates.** Each method has its own on each task. Five runs find it, by the same rule for all, on data that the report never sees.
+
+**Seeds.** {len(seeds)}. A seed means the same batches for every method, so differences are paired. {enough_seeds(pilot, tasks)}
+
+**Verdicts.** "Matches" means: worse by less than {claims.MARGIN} bits per byte. "Better" means: by more than 0; it is contradicted where what may be gained is less than
+{claims.MARGIN}. By one-sided t-tests of the paired differences, and all {len(said)} verdicts together by Benjamini and Hochberg's rule: of those that are not open one in
+{round(1 / claims.FALSE)} at most is expected to be wrong. Intervals are 95 % each. Predictions and margins were written before the runs.
+
+**Runs.** {len(every):,}, of which {len(content['search'])} only to find the rates: {about['cpu_seconds'] / 3600:.1f} hours of one core. Python {about['versions']['python']}, torch {about['versions']['torch']}.{not_yet(content, tasks, asked)}
+
+## The verdicts
+
+    .venv/bin/python -m minilora claims
+
+Of {len(said)} verdicts {said.count('shown')} are shown, {said.count('contradicted')} contradicted and {said.count('open')} open.{f" Of {decided} that the first half of the seeds decides alone, the second half alone contradicts {decided - again}." if decided else ""}
+
+![A row a claim: the number judged and its interval for each task; right of the line it is shown, left of it contradicted; what is open is hollow](claims.png)
+
+| claim | {' | '.join(tasks)} |
+|---|{'---|' * len(tasks)}
+{lines(f'| {claim.headline} | ' + ' | '.join(verdicts[claim.key, task].says if (claim.key, task) in verdicts else '' for task in tasks) + ' |' for claim in asked)}
+
+{counted(verdicts, tasks)}
+
+## What each method learned, and what it forgot
+
+Rank 8 where nothing else is said; means of {len(seeds)} seeds; lower is better everywhere.
+
+{table(runs, tasks)}
+
+The scores are held-out bits per byte; on facts and sums of the answers alone. *Forgotten* is in bits per byte lost on the tiny world at the end of the run.
+
+![Held-out bits per byte with intervals, a row for each method and rank, most trainable parameters on top, a panel for each task; dotted: full fine-tuning](quality.png)
+
+![Forgotten against learned, a curve for each of five methods from the start to the end of the run, a panel for each task](forgetting.png)
+
+## Question by question
+
+{(chr(10) * 2).join(paragraph(claim, verdicts, tasks) for claim in asked)}
+{"".join(f"{chr(10)}![{words}]({name}.png){chr(10)}" for name, words in WORDS.items() if name in pictures(content))}"""
+
+
+WORDS = {
+    "rates": "Held-out bits per byte against the learning rate, a curve for full fine-tuning and for LoRA of each of three ranks, a panel for each task",
+    "alpha": "A field for each alpha and learning rate of LoRA, its bits per byte written in it, the best of each alpha framed",
+    "intruders": "Forgetting against intruder dimensions in a layer, a named dot for each method on the dense base, a panel for each task",
+}
+
+
+REST = "## What a method costs"            # from there on the page is written by hand
+CLAIM = {claim.key: claim for claim in CLAIMS}
+
+
+def lines(each) -> str:
+    return "\n".join(each)
+
+
+def halves(content: dict, seeds: list[int]) -> tuple[int, int]:
+    """(how many of the verdicts that the first half of the seeds decides are not turned round by the second half, how many there are)."""
+    first, second = (claims.judge(content | {part: [run for run in content[part] if (run["seed"] in some)] for part in ("runs", "grid")})
+                     for some in (seeds[:len(seeds) // 2], seeds[len(seeds) // 2:]))
+    decided = [key for key, verdict in first.items() if verdict.says != "open" and not CLAIM[key[0]].exact and key in second]
+    opposite = {"shown": "contradicted", "contradicted": "shown"}
+    return sum(second[key].says != opposite[first[key].says] for key in decided), len(decided)
+
+
+def length(steps: dict[str, int], tasks: list[str]) -> str:
+    usual = statistics.mode(steps[task] for task in tasks)
+    return ", ".join([f"{usual} steps", *(f"on {task} {steps[task]}" for task in tasks if steps[task] != usual)])
+
+
+def long_enough(pilot: dict, tasks: list[str]) -> str:
+    said = [f"on {task} LoRA goes from {pilot[task]['200 steps'][1]:.2f} bits per byte after 200 steps to {pilot[task]['400 steps'][1]:.2f} after 400 and "
+            f"{pilot[task]['800 steps'][1]:.2f} after 800" for task in tasks]
+    return f"A pilot chose the length: {'; '.join(said)}."
+
+
+def enough_seeds(pilot: dict, tasks: list[str]) -> str:
+    said = [f"{pilot[task]['deviation']:.3f} on {task}, for which ±{claims.MARGIN} takes {pilot[task]['seeds']}" for task in tasks]
+    return f"In the pilot the paired differences of LoRA and full fine-tuning had a standard deviation of {'; '.join(said)}."
+
+
+def not_yet(content: dict, tasks: list[str], asked: list[Claim]) -> str:
+    """What is still to be run, if anything."""
+    missing = [f"the task {task}" for task in TASKS if task not in tasks]
+    missing += [f"“{claim.headline}”" for claim in CLAIMS if not claim.exact and claim not in asked]
+    return f"\n\n**Not run yet:** {'; '.join(missing)}. An empty cell below was not run yet either." if missing else ""
+
+
+def counted(verdicts: dict[tuple[str, str], Verdict], tasks: list[str]) -> str:
+    exact = {key: [verdicts[key, task] for task in tasks if (key, task) in verdicts] for key, claim in CLAIM.items() if claim.exact}
+    said = {"no_latency": "merged, LoRA adds no latency ({:.0f} times the FLOPs of the plain layer)", "lora_fa_memory": "LoRA needs {:.2f} times LoRA-FA's memory in all",
+            "vera_ten_times_fewer": "VeRA trains {:.0f} times fewer parameters", "qlora_bits": "QLoRA stores a weight in {:.3f} bits"}
+    told = [said[key].format(16 / found[0].mean if key == "qlora_bits" else found[0].mean) for key, found in exact.items() if found]
+    return f"Settled by counting: {'; '.join(told)}."
+
+
+def table(runs: list[dict], tasks: list[str]) -> str:
+    def mean(entry: Entry, task: str, score: str) -> float:
+        return statistics.fmean(scoreboard.score_of(runs, task, entry, score).values())
+
+    there = [(name, entry) for name, entry in NAMES.items() if any(scoreboard.score_of(runs, task, entry) for task in tasks)]
+    rows = [f"| method | trained | {' | '.join(tasks)} | forgotten: {' | '.join(tasks)} |", f"|---|---:|{'---:|' * 2 * len(tasks)}"]
+    for name, entry in there:
+        ran = [task for task in tasks if scoreboard.score_of(runs, task, entry)]
+        trained = sorted({round(scoreboard.costs_of(runs, task, entry)["trainable_parameters"]) for task in ran})
+        cells = [f"{trained[0]:,}" + (f" to {trained[-1]:,}" if len(trained) > 1 else "")]
+        cells += [format(mean(entry, task, score), form) if task in ran else "" for score, form in (("bits_per_byte", ".3f"), ("forgotten", ".1f")) for task in tasks]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return lines(rows)
+
+
+def paragraph(claim: Claim, verdicts: dict[tuple[str, str], Verdict], tasks: list[str]) -> str:
+    """The answer first, then its numbers, what was run, and what it does not show."""
+    found = {task: verdicts[claim.key, task] for task in tasks if (claim.key, task) in verdicts}
+    by_verdict = {says: [task for task, verdict in found.items() if verdict.says == says] for says in ("shown", "contradicted", "open")}
+    answer = "; ".join(f"{says} on {' and '.join(where)}" for says, where in by_verdict.items() if where)
+    numbers = "; ".join(f"{task} {scoreboard.interval(verdict.mean, verdict.low, verdict.high, '+.3f')}" for task, verdict in found.items()).replace("-", "−")
+    return f"**{claim.headline}: {answer}.** {numbers}. Judged: {claim.run}. Asked because: {claim.paper}. Not shown: {LIMITS[claim.key]}"
+
+
+def pictures(content: dict) -> dict[str, object]:
+    """name -> Figure."""
+    runs, verdicts = content["runs"], claims.judge(content)
+    tasks = [task for task in TASKS if task in {run["task"] for run in runs}]
+    rows = [(claim.headline, found, claim.line, claims.SOONER if claim.worth == claims.SOONER else (claim.most - claim.line) / 2 if claim.most else max(claim.worth or 0, claims.MARGIN))
+            for claim in CLAIMS if not claim.exact
+            if (found := [(task, (v.mean, v.low, v.high), v.says) for task in tasks if (v := verdicts.get((claim.key, task)))])]
+    quality, curves = {}, {}
+    for task in tasks:
+        entries = {name: entry for name, entry in NAMES.items() if scoreboard.score_of(runs, task, entry)}
+        quality[task] = [(name, entry.base, round(scoreboard.costs_of(runs, task, entry)["trainable_parameters"]), scoreboard.confidence([*scoreboard.score_of(runs, task, entry).values()]))
+                         for name, entry in entries.items()]
+        curves[task] = {name: [[statistics.fmean(values) for values in zip(*points)] for points in zip(*scoreboard.score_of(runs, task, NAMES[name], "curve").values())]
+                        for name in CURVES if name in entries}
+    drawn = {"claims": plots.verdicts(rows), "quality": plots.quality(quality), "forgetting": plots.learning_and_forgetting(curves)}
+    dots = {task: [(name, *(statistics.fmean(scoreboard.score_of(runs, task, entry, score).values()) for score in ("intruders", "forgotten")))
+                   for name, entry in NAMES.items() if entry.base == "fp32" and scoreboard.score_of(runs, task, entry)] for task in tasks}
+    drawn["intruders"] = plots.intruder_dots(dots)
+    rates = {task: {name: spread for name, entry in (("full", claims.FULL), *((f"LoRA, rank {entry.rank}", entry) for entry in claims.RANKS))
+                    if (spread := scores_at(content["grid"], task, entry))} for task in TASKS}
+    if any(rates.values()):
+        drawn["rates"] = plots.rate_curves({task: curves for task, curves in rates.items() if curves})
+    alphas = {(entry.alpha, lr): statistics.fmean(scores) for entry in claims.ALPHAS for lr, scores in scores_at(content["grid"], "code", entry).items()}
+    if alphas:
+        drawn["alpha"] = plots.alpha_grid(alphas, "LoRA of rank 8 on code: held-out bits per byte")
+    return drawn
+
+
+def scores_at(grid: list[dict], task: str, entry: Entry) -> dict[float, list[float]]:
+    """rate -> a score a seed."""
+    found = {}
+    for run in scoreboard.of(grid, task, entry):
+        found.setdefault(run["lr"], []).append(run["scores"]["bits_per_byte"] if run["scores"]["bits_per_byte"] is not None else math.nan)
+    return found
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    published = compare.read(compare.PUBLISHED)
+    path = ROOT / "lessons" / "results.md"
+    rest = path.read_text(encoding="utf-8").partition(REST)[2]
+    path.write_text(f"{page(published)}\n{REST}{rest}", encoding="utf-8")
+    for name, figure in pictures(published).items():
+        figure.savefig(ROOT / "lessons" / f"{name}.png", dpi=110)
