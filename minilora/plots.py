@@ -300,12 +300,14 @@ def alpha_grid(scores: dict[tuple[float, float], float], title: str) -> Figure:
 
 def intruder_dots(points: dict[str, list[tuple[str, float, float]]]) -> Figure:
     """A panel a task: what was forgotten against intruder dimensions a layer, a named dot a method. points: task -> (name, intruders, forgotten)."""
-    figure = Figure(figsize=(5 * len(points), 4.2), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(points), 4.6), layout="constrained")
     for axes, (task, dots) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items()):
         axes.scatter([x for _, x, _ in dots], [y for _, _, y in dots], color=BLUE, zorder=3)
         axes.set(xlabel="intruder dimensions among a layer's first ten", ylabel="forgotten, bits per byte", title=printable(task))
-        axes.margins(0.15)
+        axes.margins(0.2)
         axes.grid(alpha=0.25)
+    figure.draw_without_rendering()                             # where things stand on the page is known from here on
+    for axes, dots in zip(figure.axes, points.values()):
         _named(axes, dots)
     return figure
 
