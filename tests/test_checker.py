@@ -169,7 +169,6 @@ def scaled(x, by):
     raise NotImplementedError
 
 def clear(x):
-    "x becomes zero, in place."
     raise NotImplementedError
 
 class Layer:
@@ -183,6 +182,7 @@ def scaled(x: Tensor, by: list[float]) -> Tensor:
     return x * by[0] / by[1]
 
 def clear(x: Tensor) -> Tensor:
+    "x becomes zero, in place."
     return x.zero_()
 
 class Layer(nn.Module):

@@ -476,7 +476,7 @@ def test_compare_on_a_text_of_ones_own_is_made_once(base, tmp_path, monkeypatch,
     monkeypatch.setattr(compare, "CONTEXT", 16)
     monkeypatch.setattr(compare, "step_ratio", lambda *_: 1.0)             # 23 entries by a clock: test_compare.py asks it of two
     (tmp_path / "mine.txt").write_text("".join(f"Line {i} says that {i} and {i + 1} are neighbours.\n" for i in range(90)))
-    flags = ["compare", "--text", str(tmp_path / "mine.txt"), "--quick", "--steps", "10", "--base", base, "--out", str(tmp_path / "out")]
+    flags = ["compare", "--text", str(tmp_path / "mine.txt"), "--quick", "--steps", "10", "--base", base, "--out", str(tmp_path / "out"), "--nf4"]
     assert main(flags) == 0
     first = capsys.readouterr().out
     assert files(tmp_path / "out") == ["forgetting.png", "quality.png", "results.csv", "results.json"]
@@ -490,7 +490,7 @@ def test_compare_on_a_text_of_ones_own_is_made_once(base, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--task", "voice,chess"], "invalid choice: 'chess' (choose from voice, facts, sums)"), (["--seeds", "0"], "at least 1"), (["--steps", "5"], "at least 10"),
+    (["--task", "voice,chess"], "invalid choice: 'chess' (choose from voice, facts, sums, code)"), (["--seeds", "0"], "at least 1"), (["--steps", "5"], "at least 10"),
     (["--text", "nowhere.txt"], "nowhere.txt: cannot be read"), (["--budget", "9" * 400], "must be a whole number"), (["--budget", "1" + "0" * 12], "at most 1,000,000,000"),
 ])
 def test_bad_flags_of_compare(flags, message, tmp_path, capsys):
@@ -530,7 +530,7 @@ def test_compare_with_a_budget_claims_and_seeds(base, tmp_path, monkeypatch, cap
     """All its flags, on a lineup that is short; a name that a title cannot show as it is."""
     lora, vera = compare.Entry("lora"), compare.Entry("vera")
     monkeypatch.setattr(compare, "CONTEXT", 16)
-    monkeypatch.setattr(compare, "entries", lambda: [lora, vera, compare.Entry("full")])
+    monkeypatch.setattr(compare, "entries", lambda *_: [lora, vera, compare.Entry("full")])
     monkeypatch.setattr(claims, "LINEUP", (compare.Entry("lora", rank=1),))
     (tmp_path / "pay $1 to $2_.txt").write_text("".join(f"Line {i} says that {i} and {i + 1} are neighbours.\n" for i in range(90)))
     flags = ["compare", "--text", str(tmp_path / "pay $1 to $2_.txt"), "--steps", "10", "--base", base, "--out", str(tmp_path / "out")]
