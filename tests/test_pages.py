@@ -14,7 +14,7 @@ import pytest
 import lessons
 import minilora as ml
 from minilora.__main__ import parser
-from minilora.evidence import capacity, claims, compare
+from minilora.evidence import capacity, claims, compare, scoreboard
 
 ROOT = Path(lessons.__file__).parent.parent
 FRONT = [ROOT / "README.md", ROOT / "README.zh.md"]
@@ -157,6 +157,12 @@ def test_the_page_follows_the_file():
 
 def test_every_claim_says_what_it_does_not_show():
     assert {*WRITER["LIMITS"]} == {claim.key for claim in claims.CLAIMS if not claim.exact}
+
+
+def test_what_lesson_12_says_of_forgetting_is_what_the_results_file_says():
+    text = (ROOT / "lessons" / "12_scoreboard" / "README.md").read_text(encoding="utf-8")
+    lost = [statistics.fmean(scoreboard.score_of(PUBLISHED["runs"], "voice", entry, "forgotten").values()) for entry in (claims.HIGH, claims.FULL)]
+    assert "forgotten **{:.1f}** bits per byte at the end, full fine-tuning, of 875,264 numbers, **{:.1f}**".format(*lost) in text and lost[0] > lost[1]
 
 
 def test_the_front_pages_count_the_runs():
