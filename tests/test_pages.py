@@ -19,7 +19,7 @@ from minilora.evidence import capacity, claims, compare, scoreboard
 ROOT = Path(lessons.__file__).parent.parent
 FRONT = [ROOT / "README.md", ROOT / "README.zh.md"]
 RESULTS = ROOT / "lessons" / "results.md"
-PAGES = [*FRONT, *sorted((ROOT / "lessons").rglob("*.md"))]
+PAGES = [*FRONT, *sorted(page for page in (ROOT / "lessons").rglob("*.md") if page.parent.name != ".ipynb_checkpoints")]      # Jupyter keeps copies
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
