@@ -1,17 +1,16 @@
 """The published fight, in stages that can be run side by side, one process each. A stage that was stopped goes on.
 
-    OMP_NUM_THREADS=1 python benchmarks/fight.py pilot voice facts sums code rates parts zero batches alpha capacity
+    OMP_NUM_THREADS=1 python benchmarks/fight.py pilot voice facts sums code rates parts zero batches alpha presets
     python benchmarks/fight.py publish              joins what is there into minilora/evidence/published.json
 
     pilot      full and LoRA at their usual rates, on seeds that no report uses: how long is long enough, and how many seeds decide
     voice …    the methods and what the claims need on this task: a rate searched for each, then SEEDS runs
     presets    rsLoRA of rank 8, QLoRA and QPiSSA, which no claim needs, on all tasks
-    rates      one grid of learning rates for full fine-tuning and for LoRA of four ranks
+    rates      one grid of learning rates for full fine-tuning and for LoRA of three ranks
     parts      attention alone against the MLP alone, at 40,960 parameters each
     zero       A at zero and B random, the other way round
     batches    an eighth of the steps with eight times the rows
-    alpha      LoRA of rank 8: five alphas, seven learning rates
-    capacity   small adapters told more and more facts, until they hold no more
+    alpha      LoRA of rank 8: four alphas, five learning rates
 """
 
 import argparse

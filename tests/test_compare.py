@@ -588,6 +588,7 @@ def test_large_batches_cost_what_is_lost_beyond_what_the_other_loses():
     runs = made_up("full", [1.0, 1.1]) + made_up("lora", [1.2, 1.3]) + [run | {"rows": 64} for run in made_up("full", [1.5, 1.7]) + made_up("lora", [2.0, 2.2])]
     price = claims.batch_price(LORA, claims.LORA_LARGE, Entry("full"), claims.FULL_LARGE)
     assert price(file_of(runs), "t") == pytest.approx([0.8 - 0.5, 0.9 - 0.6]) and price(file_of(runs[:6]), "t") == []
+    assert price(file_of([run for run in runs if not (run["seed"] == 0 and run["method"] == "full" and "rows" not in run)]), "t") == pytest.approx([0.9 - 0.6])   # by seed
 
 
 def test_intruders_are_counted_and_go_with_forgetting_or_do_not():
