@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import minilora as ml
+from lessons.rates import best_power
 
 RESULTS = Path(__file__).with_name("results.json")
 STEPS, ROWS, CONTEXT, RANK, ALPHA = 60, 8, 64, 8, 8.0
@@ -76,12 +77,7 @@ def best_rate(records: Records, ratio: float) -> float:
     def rate(power: int) -> float:
         return GUESS * 2.0**power
 
-    start = -round(math.log2(ratio) / 2)
-    tried = {power: score(power) for power in (start - 1, start, start + 1)}
-    while (best := min(tried, key=tried.get)) in (min(tried), max(tried)):
-        beyond = best - 1 if best == min(tried) else best + 1
-        tried[beyond] = score(beyond)
-    return rate(best)
+    return rate(best_power(score, start=-round(math.log2(ratio) / 2)))
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import minilora as ml
+from lessons.rates import best_power
 
 RESULTS = Path(__file__).with_name("results.json")
 STEPS, ROWS, CONTEXT = 40, 8, 64
@@ -88,11 +89,7 @@ def best_rate(records: Records, bettor: str) -> float:
     def score(power: int) -> float:
         return sum(records.loss("search", bettor, rate(power), seed, seed) for seed in SEARCH) / len(SEARCH)
 
-    tried = {power: score(power) for power in (-1, 0, 1)}
-    while (best := min(tried, key=tried.get)) in (min(tried), max(tried)):
-        beyond = best - 1 if best == min(tried) else best + 1
-        tried[beyond] = score(beyond)
-    return rate(best)
+    return rate(best_power(score))
 
 
 def main() -> None:
