@@ -27,7 +27,7 @@ from minilora.evidence.compare import Entry, Results, Settings
 from minilora.evidence.scoreboard import paired, score_of, seeds_needed
 
 FOLDER = Path(__file__).with_name("fight")                # kept until the fight is whole, so that it can go on
-SEEDS = 4
+SEEDS = 6
 STEPS = {"facts": 800}                     # by the pilot, else 400: facts that have not been told often are not flat before
 PILOT_SEEDS = range(2000, 2004)
 QUESTIONS = ("sums", "code")               # the tasks on which our own questions are asked: both leave much to learn
