@@ -3,6 +3,9 @@
     loss = the mean of loss_fn over `accumulate` batches, + method.penalty(model)
     backward · method.before_step · clip · optimizer.step · method.after_step        AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101)
 
+A GPU works behind the program's back, and to look at a number is to wait for it. So what a step says (its loss, whether all is finite) is looked
+at every `read_every` steps only, and a checkpoint is written only after a look.
+
 Batches are a pure function of the step, so all that a checkpoint must carry is: what is trained, the optimizer, the scheduler,
 the random state, the step, and the numbers so far (runs.py).
 """
@@ -11,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from minilora import checks
 from minilora.adapter import Method, adapt, adapters, check_gradients, disabled, find_targets, put
 from minilora.data import placed
+from minilora.safety.recompute import KINDS, recomputed, recomputing
 from minilora.safety.runs import Run, alone, saved_state, stoppable, tie, uninterrupted
 from minilora.storage import base_fingerprint
 
@@ -28,6 +32,7 @@ with warnings.catch_warnings():    # in a notebook without ipywidgets tqdm falls
     warnings.simplefilter("ignore")
     from tqdm.auto import tqdm
 
+READ_EVERY = 10            # steps on a GPU; on a CPU there is nothing to wait for
 IGNORED = -100             # a target of this value does not count, in F.cross_entropy and in transformers
 
 
@@ -67,6 +72,9 @@ def finetune(
     schedule: str = "constant",
     evaluate: Callable[[nn.Module], float] | None = None,
     evaluate_every: int = 50,
+    autocast: torch.dtype | None = None,
+    checkpointing: str | None = None,
+    read_every: int | None = None,
     progress: bool = True,
 ) -> dict[str, list]:
     """Train `model` with `method`, in place, and return the history as numbers.
@@ -84,6 +92,12 @@ def finetune(
     LoRA-drop's warm-up reads single batches.                 clip: the largest length of the gradient over all that is trained, as
     torch.nn.utils.clip_grad_norm_ has it. It sees what the optimizer will: all k batches, after method.before_step.
 
+    autocast=torch.bfloat16: the loss is computed under torch.autocast; what is trained keeps its type, as a rule float32.
+    checkpointing: of each of the model's blocks only the input is kept, and backward computes the rest again: "non-reentrant", or "reentrant",
+    torch's older way. The same numbers from less memory, in about a third more time.
+    read_every: steps between two looks at the loss and at whether all was finite. None: 1 on a CPU, and 10 on a GPU, which is not waited for in
+    between. The numbers are the same; that a run diverged is noticed so much later.
+
     Which learning rate? Try some for a short while, each on a copy of the model; windows are held out, and not those of the report:
 
         for lr in (1e-3, 3e-3, 1e-2, 3e-2):
@@ -96,25 +110,26 @@ def finetune(
     Raises ValueError on bad arguments, a checkpoint of another run, or while another run writes it; FloatingPointError when the loss, a
     gradient or a parameter stops being finite: then the checkpoint holds the last step that was whole.
     """
-    _check(next(model.parameters()).dtype, steps, lr, weight_decay, warmup, schedule, evaluate_every, accumulate, clip)
+    _check(next(model.parameters()).dtype, steps, lr, weight_decay, warmup, schedule, evaluate_every, accumulate, clip, autocast, checkpointing, read_every)
     method = method.scheduled(steps)
     device = next(model.parameters()).device
+    read_every = read_every or (1 if device.type == "cpu" else READ_EVERY)
     data = getattr(batches, "fingerprint", "")
 
     def parts(step: int) -> list:
         return [batches(accumulate * step + part) for part in range(accumulate)]
 
-    with alone(checkpoint), stoppable():
+    with alone(checkpoint), stoppable(), recomputing(model, checkpointing):
         identity, saved = {}, None
         if checkpoint is not None:
             layers = [name for name, _ in adapters(model)] or ([] if method.trains_base else list(find_targets(model, targets)))
             identity = {"method": repr(method), "steps": steps, "lr": lr, "seed": seed, "weight decay": weight_decay, "warmup": warmup,
                         "schedule": schedule, "optimizer": getattr(optimizer, "func", optimizer).__name__, "accumulate": accumulate, "clip": clip,
-                        "adapted layers": layers, "base": "" if method.trains_base else base_fingerprint(model)}
+                        "autocast": autocast and str(autocast), "adapted layers": layers, "base": "" if method.trains_base else base_fingerprint(model)}
             saved = saved_state(Path(checkpoint), identity, data, parts)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):     # the caller's random numbers stay what they were
             torch.manual_seed(seed)
-            loss_of = Loss(loss_fn, device, lr)
+            loss_of = Loss(loss_fn, device, lr, autocast, checkpointing)
             with _adapted(model, method, targets):
                 if saved:
                     tie(model, saved["tied"], checkpoint)              # what prepare decided then
@@ -127,7 +142,7 @@ def finetune(
                     run.restore(saved)
                     print(f"resumed at step {run.step}", flush=True)
             trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-            was_training = model.training
+            was_training, unread = model.training, []
             model.train()
             bar = tqdm(total=steps, initial=run.step, unit="step", disable=not progress)
             try:
@@ -137,19 +152,26 @@ def finetune(
                     read = parts(step)
                     run.note(read)
                     optimizer.zero_grad()                              # before loss_fn, which may make a backward of its own
-                    loss = loss_of.backward(model, method, read, step)
-                    loss_of.check("the gradient of", {name: p.grad for name, p in trained.items() if p.grad is not None}, step)
-                    with run.whole_step():                             # Ctrl-C waits: a half-made step is never saved
+                    said = loss_of.backward(model, method, read, step)
+                    said.ask("the gradient of", {name: p.grad for name, p in trained.items() if p.grad is not None}, step)
+                    if read_every == 1:
+                        loss_of.look(model, [said], parts)                    # before anything moves
+                    look = (step + 1) % read_every == 0 or step + 1 == steps
+                    with run.whole_step(may_save=look):                # Ctrl-C waits: a half-made step is never saved
                         method.before_step(model, step)
                         if clip is not None:
                             nn.utils.clip_grad_norm_(trained.values(), clip)
                         optimizer.step()
                         method.after_step(model, step)
-                        loss_of.check("the parameter", trained, step + 1)
-                        run.history["loss"].append(loss)
+                        said.ask("the parameter", trained, step + 1)
+                        unread.append(said)
+                        if look:
+                            run.history["loss"] += loss_of.look(model, unread, parts)
+                            unread.clear()
                         run.history["lr"].append(scheduler.get_last_lr()[0])
                         scheduler.step()
-                    bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                    if look:
+                        bar.set_postfix(loss=f"{run.history['loss'][-1]:.3f}", refresh=False)
                     bar.update()
                 if evaluate:
                     run.follow(evaluate)
@@ -158,6 +180,8 @@ def finetune(
                 optimizer.zero_grad()
                 model.train(was_training)
                 with uninterrupted():
+                    if run.is_whole:                                   # stopped between two looks
+                        run.history["loss"] += loss_of.look(model, unread, parts)
                     run.save()
     return run.history
 
@@ -177,6 +201,19 @@ class Schedule:
         return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.shape]
 
 
+@dataclass
+class Said:
+    """What a step has said, on the device and unread. losses: of its batches by their place, as they weigh; asked: (of which tensor, at which
+    step) -> whether it is finite."""
+
+    step: int
+    losses: dict[int, Tensor] = field(default_factory=dict)
+    asked: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    def ask(self, what: str, tensors: dict[str, Tensor], step: int) -> None:
+        self.asked |= {(f"{what} {name}", step): tensor.isfinite().all() for name, tensor in tensors.items()}
+
+
 @dataclass(frozen=True)
 class Loss:
     """loss_fn as the loop calls it: over several batches, and with the reason where it is no finite number."""
@@ -184,44 +221,67 @@ class Loss:
     loss_fn: Callable[..., Tensor]
     device: torch.device
     lr: float
+    autocast: torch.dtype | None = None
+    checkpointing: str | None = None
 
-    def __call__(self, model: nn.Module, *batch: Tensor | Mapping, step: int | None = None) -> Tensor:
-        loss = self.loss_fn(model, *batch)
+    def __call__(self, model: nn.Module, *batch: Tensor | Mapping) -> Tensor:
+        """For a method's warm-up: it is looked at at once."""
+        loss = self.of(model, batch)
+        if not loss.isfinite():
+            reason = self.reason(model, batch, None)
+            if reason != self.advice(None):                            # with a fair batch the method says more itself
+                raise FloatingPointError(f"the loss is {loss.item()} in the warm-up: {reason}")
+        return loss
+
+    def of(self, model: nn.Module, batch: tuple) -> Tensor:
+        with recomputed(model, self.checkpointing), torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            loss = self.loss_fn(model, *batch)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise ValueError(f"loss_fn must give one number as a tensor, the mean over the batch, and it gave {what}")
-        if not loss.isfinite():
-            reason = self.reason(model, batch, step)
-            if step is not None or reason != self.advice(step):        # of its own warm-up, with a fair batch, the method says more itself
-                raise FloatingPointError(f"the loss is {loss.item()} {'in the warm-up' if step is None else f'at step {step}'}: {reason}")
         return loss
 
-    def backward(self, model: nn.Module, method: Method, read: list, step: int) -> float:
-        """The gradient of the mean over all batches that a step reads, plus the penalty. Returns that mean.
+    def backward(self, model: nn.Module, method: Method, read: list, step: int) -> Said:
+        """The gradient of the mean over all batches that a step reads, plus the penalty. Says that mean.
 
         Each batch weighs as much as it has targets that count: then the sum of their means is the mean of all.
         """
         weights = [_counted(_targets(model, placed(batch, "cpu"))) for batch in read] if len(read) > 1 else [1]
-        parts = [(batch, weight) for batch, weight in zip(read, weights) if weight] or [(read[0], 1)]
-        mean = 0.0
-        for i, (batch, weight) in enumerate(parts):
-            loss = self(model, *placed(batch, self.device), step=step) * (weight / max(1, sum(weights)))
-            mean += loss.item()
-            if i == len(parts) - 1:
+        parts = [i for i, weight in enumerate(weights) if weight] or [0]
+        said = Said(step)
+        for i in parts:
+            loss = self.of(model, placed(read[i], self.device)) * ((weights[i] or 1) / max(1, sum(weights)))
+            said.losses[i] = loss.detach()
+            if i == parts[-1]:
                 loss = loss + method.penalty(model)
             if loss.requires_grad:
                 loss.backward()
         if all(parameter.grad is None for parameter in model.parameters()):
             check_gradients(model)                         # which names the adapters, and says why that may be
             raise ValueError("nothing to train on: the loss does not depend on any parameter that is trained")
-        return mean
+        return said
 
-    def check(self, what: str, tensors: dict[str, Tensor], step: int) -> None:
-        """Raises FloatingPointError where one of them holds a value that is no finite number."""
-        flags = [tensor.isfinite().all() for tensor in tensors.values()]
-        if flags and not torch.stack([flag.to(self.device) for flag in flags]).all():
-            name = next(name for name, flag in zip(tensors, flags) if not flag)
-            raise FloatingPointError(f"{what} {name} is not finite at step {step}: {self.advice(step)}")
+    def look(self, model: nn.Module, unread: list[Said], parts: Callable[[int], list]) -> list[float]:
+        """Look at what steps have said: here a GPU is waited for. Returns their losses. Raises FloatingPointError for the first number that is
+        not finite, with the likely reason; parts(step): the batches that it read."""
+        losses = iter(self.read([loss for said in unread for loss in said.losses.values()]))
+        fine = iter(self.read([answer for said in unread for answer in said.asked.values()]))
+        means = []
+        for said in unread:
+            values = {i: next(losses) for i in said.losses}
+            for i, value in values.items():
+                if not math.isfinite(value):
+                    batch = placed(parts(said.step)[i], self.device)
+                    raise FloatingPointError(f"the loss is {value} at step {said.step}: {self.reason(model, batch, said.step)}")
+            for what, step in said.asked:
+                if not next(fine):
+                    raise FloatingPointError(f"{what} is not finite at step {step}: {self.advice(step)}")
+            said.asked.clear()
+            means.append(sum(values.values()))
+        return means
+
+    def read(self, numbers: list[Tensor]) -> list:
+        return torch.stack([number.to(self.device) for number in numbers]).tolist() if numbers else []
 
     def reason(self, model: nn.Module, batch: tuple, step: int | None) -> str:
         values = [value for part in batch for value in (part.values() if isinstance(part, Mapping) else [part]) if isinstance(value, Tensor)]
@@ -339,14 +399,18 @@ def _adapted(model: nn.Module, method: Method, targets: list[str] | None) -> Ite
         layer.method = method                  # it now knows the length of training
 
 
-def _check(dtype, steps, lr, weight_decay, warmup, schedule, evaluate_every, accumulate, clip) -> None:
-    for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0), ("evaluate_every", evaluate_every, 1), ("accumulate", accumulate, 1)):
+def _check(dtype, steps, lr, weight_decay, warmup, schedule, evaluate_every, accumulate, clip, autocast, checkpointing, read_every) -> None:
+    for name, value, least in (("steps", steps, 1), ("warmup", warmup, 0), ("evaluate_every", evaluate_every, 1), ("accumulate", accumulate, 1), ("read_every", read_every or 1, 1)):
         checks.whole(name, value, least)
     largest = 1e300 if dtype == torch.float64 else 1e30                # a little below where the type ends, for Adam's own factors
     checks.number("the learning rate", lr, f"above 0 and at most {largest:g}", lambda lr: 0 < lr <= largest)
     checks.number("weight_decay", weight_decay, "of at least 0", lambda decay: decay >= 0)
     if clip is not None:
         checks.number("clip", clip, "above 0", lambda clip: clip > 0)
+    if autocast not in (None, torch.bfloat16):
+        raise ValueError(f"autocast must be None or torch.bfloat16, got {autocast}; float16 would need its gradients scaled, which finetune does not do")
+    if checkpointing not in (None, *KINDS):
+        raise ValueError(f"checkpointing must be None, {' or '.join(map(repr, KINDS))}, got {checkpointing!r}")
     if schedule not in ("constant", "linear", "cosine"):
         raise ValueError(f"schedule must be constant, linear or cosine, got {schedule!r}")
     if warmup >= steps:

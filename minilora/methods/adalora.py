@@ -118,8 +118,10 @@ class AdaLoRA(Method):
                 layer.judge(self.beta1, self.beta2)
         if step >= last_cut or step > self.warmup_steps and step % self.interval == 0:
             if step <= last_cut:
-                if not any(layer.importance().any() for layer in layers):
-                    raise ValueError("AdaLoRA has seen no gradient to judge its triplets by. A loop has " + LINES["after_step"])
+                if not layers[0].watch.weighed:                       # once: to look at a number is to wait for the GPU
+                    if not any(layer.importance().any() for layer in layers):
+                        raise ValueError("AdaLoRA has seen no gradient to judge its triplets by. A loop has " + LINES["after_step"])
+                    layers[0].watch.weighed = True
                 keep_best(layers, self.budget(step, len(layers)))
             for layer in layers:
                 layer.lam.masked_fill_(~layer.mask, 0.0)

@@ -58,15 +58,15 @@ class Run:
         _set_random_state(self.model, self.random)
 
     @contextmanager
-    def whole_step(self) -> Iterator[None]:
-        """Around everything that changes the state: all of it happens, or the checkpoint before it stands."""
+    def whole_step(self, may_save: bool) -> Iterator[None]:
+        """Around everything that changes the state: all of it happens, or the checkpoint before it stands. may_save: it has been looked at."""
         with uninterrupted():
             self.is_whole = False
             yield
             self.step += 1
             self.random = _random_state(self.model)
             self.is_whole = True
-            if self.spent_saving <= CHECKPOINT_SHARE * (time.monotonic() - self.started):
+            if may_save and self.spent_saving <= CHECKPOINT_SHARE * (time.monotonic() - self.started):
                 self.save()
 
     def save(self) -> None:

@@ -23,12 +23,13 @@ BY_HAND = {"parameter_groups", "penalty"}      # what a loop may as well work ou
 
 
 class Watch:
-    """lines: of the loop, that the adapter's method needs and has not met yet; called, read: in training, the adapter, and its weight by others."""
+    """lines: of the loop, that the adapter's method needs and has not met yet; called, read: in training, the adapter, and its weight by others.
+    judged: its gradients have been; weighed: AdaLoRA's triplets have been."""
 
     def __init__(self, method: object):
         home = type(method).lines.fget.__module__              # a subclass elsewhere that writes a hook anew answers for it
         self.lines = {line for line in method.lines if getattr(type(method), line).__module__ == home}
-        self.called = self.read = self.judged = False
+        self.called = self.read = self.judged = self.weighed = False
         self.versions: list[int] | None = None
 
     @property

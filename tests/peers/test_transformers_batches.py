@@ -5,6 +5,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import minilora as ml
+from minilora.evidence.ledger import bytes_alive
+from minilora.safety.recompute import recomputed, recomputing
 
 
 def llama():
@@ -71,3 +73,35 @@ def test_a_dict_without_a_label_that_counts_is_said():
 
     with pytest.raises(FloatingPointError, match="at step 0: all targets of its batch are -100"):
         ml.finetune(made(llama), ml.LoRA(2), nothing, 3, 1e-2, progress=False)
+
+
+@pytest.mark.parametrize("checkpointing", ["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("kind, method", CASES, ids=[f"{kind.__name__} {type(method).__name__}" for kind, method in CASES])
+def test_blocks_computed_again_in_transformers_way_give_the_same_numbers(kind, method, checkpointing):
+    plain, again, seen = made(kind), made(kind), []
+    expected = ml.finetune(plain, method, batches(kind), 3, 1e-2, progress=False)
+    before = [sorted(vars(module)) for module in again.modules()]
+    handle = again.register_forward_pre_hook(lambda *_: seen.append(again.is_gradient_checkpointing))
+    history = ml.finetune(again, method, batches(kind), 3, 1e-2, checkpointing=checkpointing, progress=False)
+    pairs = zip(plain.state_dict().values(), again.state_dict().values(), strict=True)
+    if kind is t5:                                         # which attends by another formula without its cache
+        assert history["loss"] == pytest.approx(expected["loss"], rel=1e-6) and all(torch.allclose(a.float(), b.float(), atol=1e-5) for a, b in pairs)
+    else:
+        assert history == expected and all(torch.equal(a, b) for a, b in pairs)
+    handle.remove()
+    assert len(seen) >= 3 and all(seen) and not again.is_gradient_checkpointing
+    if not any(True for _ in ml.adapters(again)):
+        assert [sorted(vars(module)) for module in again.modules()] == before
+
+
+def test_transformers_blocks_computed_again_keep_less():
+    model = ml.adapt(made(llama), ml.LoRA(2)).train()
+
+    def alive(kind):
+        def loss():
+            with recomputing(model, kind), recomputed(model, kind):
+                return ml.next_byte_loss(model, batches(llama)(0))
+
+        return bytes_alive(model, loss)
+
+    assert max(alive("reentrant"), alive("non-reentrant")) < 0.5 * alive(None)
