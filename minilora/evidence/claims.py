@@ -104,48 +104,50 @@ def better(one: Entry, other: Entry, score: str = "bits_per_byte") -> Samples:
     return lambda content, task: paired(score_of(content["runs"], task, other, score), score_of(content["runs"], task, one, score))
 
 
-def speed(one: Entry, other: Entry) -> Samples:
-    """How many times sooner `one` gets to where both get, as log2: 1 for twice as fast, -1 for half as fast, to the nearest fortieth of the run.
-    Where both get: the higher of the two training losses of their last fortieth."""
-
-    def samples(content: dict, task: str) -> list[float]:
-        ours, theirs = (score_of(content["runs"], task, entry, "training") for entry in (one, other))
-        found = []
-        for seed in sorted(ours.keys() & theirs.keys()):
-            if not isinstance(ours[seed], list) or not isinstance(theirs[seed], list):
-                found.append(math.nan)                          # one of them diverged
-                continue
-            goal = max(ours[seed][-1], theirs[seed][-1])
-            our_time, their_time = (next(place for place, loss in enumerate(losses, 1) if loss <= goal) for losses in (ours[seed], theirs[seed]))
-            found.append(math.log2(their_time / our_time))
-        return found
-
-    return samples
-
-
-def forgotten_at(curve: list[list[float]], level: float) -> float:
-    """What was forgotten when the score first came down to this level, on the line between the two moments of the curve around it."""
-    for (before, kept), (after, lost) in zip(curve, curve[1:]):
-        if after <= level:
-            return lost if before <= level else kept + (lost - kept) * (before - level) / (before - after)
-    return math.nan
-
-
-def forgets_less(one: Entry, other: Entry) -> Samples:
-    """By how many bits per byte `one` has forgotten less than `other` when both have learned as much: as much as the one that learned less."""
+def at_equal_learning(one: Entry, other: Entry, compared: Callable[[list, list, float], float]) -> Samples:
+    """For each seed, compared(curve of `one`, curve of `other`, the score where both get: the best of the one that learned less)."""
 
     def samples(content: dict, task: str) -> list[float]:
         ours, theirs = (score_of(content["runs"], task, entry, "curve") for entry in (one, other))
         found = []
         for seed in sorted(ours.keys() & theirs.keys()):
-            if not isinstance(ours[seed], list) or not isinstance(theirs[seed], list):
-                found.append(math.nan)
-                continue
-            level = max(min(score for score, _ in curve) for curve in (ours[seed], theirs[seed]))
-            found.append(forgotten_at(theirs[seed], level) - forgotten_at(ours[seed], level))
+            curves = ours[seed], theirs[seed]
+            if all(isinstance(curve, list) for curve in curves):
+                found.append(compared(*curves, max(min(score for score, _ in curve) for curve in curves)))
+            else:
+                found.append(math.nan)                          # one of them diverged
         return found
 
     return samples
+
+
+def moment(curve: list[list[float]], level: float) -> float:
+    """When the score first came down to this level, in tenths of the run, on the line between the two moments of the curve around it."""
+    for place, ((before, _), (after, _)) in enumerate(zip(curve, curve[1:])):
+        if after <= level:
+            return place + (1.0 if before <= level else (before - level) / (before - after))     # before training does not count
+    return math.nan
+
+
+def sooner(one: Entry, other: Entry) -> Samples:
+    """How many times sooner `one` gets to where both get, as log2: 1 for twice as fast, -1 for half as fast. By held-out bits per byte."""
+
+    def compared(ours: list, theirs: list, level: float) -> float:
+        our_time, their_time = moment(ours, level), moment(theirs, level)
+        return math.log2(their_time / our_time)
+
+    return at_equal_learning(one, other, compared)
+
+
+def forgotten_at(curve: list[list[float]], level: float) -> float:
+    """What was forgotten at that moment, on the same line."""
+    when = moment(curve, level)
+    return math.nan if math.isnan(when) else float(np.interp(when, range(len(curve)), [lost for _, lost in curve]))
+
+
+def forgets_less(one: Entry, other: Entry) -> Samples:
+    """By how many bits per byte `one` has forgotten less than `other` when both have learned as much."""
+    return at_equal_learning(one, other, lambda ours, theirs, level: forgotten_at(theirs, level) - forgotten_at(ours, level))
 
 
 def fewer_parameters(one: Entry, other: Entry) -> Samples:
@@ -256,7 +258,7 @@ CLAIMS = (
     Claim("rslora_high_rank", "alpha/√r makes high ranks useful", "with alpha/r higher ranks learn slowly, with alpha/√r they gain (2312.03732, abstract)",
           "rsLoRA against LoRA, both r=64: better", 0.0, better(HIGH_RS, HIGH), worth=MARGIN),
     Claim("lora_plus_faster", "LoRA+ converges sooner than LoRA", "1 to 2 % better and up to 2 times faster (2402.12354, abstract)",
-          "log2 of how many times sooner it is where both get: more than 0", 0.0, speed(Entry("lora-plus"), LORA), worth=SOONER),
+          "log2 of how many times sooner it comes to the score where both get: more than 0", 0.0, sooner(Entry("lora-plus"), LORA), worth=SOONER),
     Claim("lora_fa_memory", "LoRA-FA cuts activation memory, and with it the whole", "up to 1.4 times less memory in all than LoRA (2308.03303, abstract)",
           "all bytes of training, LoRA's over LoRA-FA's: more than 1", 1.0, memory(Entry("lora-fa"), LORA), exact=True),
     Claim("vera_matches", "VeRA matches LoRA with ten times fewer parameters", "RoBERTa-large, GLUE: 87.8 with 0.061M parameters, LoRA 87.8 with 0.8M (2310.11454, table 2)",
@@ -280,7 +282,7 @@ CLAIMS = (
     Claim("dora_half_rank", "DoRA beats LoRA at half its rank", "LLaMA-7B, eight commonsense tasks: 77.5 at half the rank of LoRA's 74.7 (2402.09353)",
           "DoRA r=4 against LoRA r=8: better", 0.0, better(HALF, LORA), worth=MARGIN),
     Claim("pissa_faster", "PiSSA converges sooner than LoRA", "and ends higher: LLaMA-2-7B, GSM8K 53.22 against 43.23 (2404.02948v4)",
-          "log2 of how many times sooner it is where both get: more than 0", 0.0, speed(Entry("pissa"), LORA), worth=SOONER),
+          "log2 of how many times sooner it comes to the score where both get: more than 0", 0.0, sooner(Entry("pissa"), LORA), worth=SOONER),
     Claim("loftq_better", "LoftQ beats QLoRA at low bits", "Phi-2 at 4 bits, GSM8K: 64.1 against 60.2; more at 2 bits (2310.08659 and its repository)",
           "LoftQ against LoRA on NF4, both r=8, 4 bits: better", 0.0, better(Entry("loftq", "nf4"), LORA_NF4), worth=MARGIN),
     Claim("learns_less", "LoRA learns less than full fine-tuning", "Llama-2-7B, 20B tokens of code, HumanEval: 0.224 at r=256, full 0.263 (2405.09673)",

@@ -143,17 +143,17 @@ class Settings:
         """With other rows a step an entry has fewer or more steps, so that it reads as much."""
         return replace(self, rows=entry.rows, steps=self.steps * self.rows // entry.rows) if entry.rows else self
 
-    def train(self, entry: Entry, task: data.Task, lr: float, seed: int, look: Callable[[TinyGPT], float] | None = None) -> tuple[TinyGPT, list[float]]:
-        """One run. Returns the model and its training loss; raises FloatingPointError where that stops being finite."""
+    def train(self, entry: Entry, task: data.Task, lr: float, seed: int, look: Callable[[TinyGPT], float] | None = None) -> TinyGPT:
+        """One run. Returns the model; raises FloatingPointError where its loss stops being finite."""
         here, model = self.of(entry), entry.model(self.base)
-        history = finetune(model, entry.way(here.steps), task.batches(here.rows, CONTEXT, seed), here.steps, lr, seed, targets=PARTS.get(entry.only),
-                           evaluate=look, evaluate_every=max(1, here.steps // TENTHS), warmup=here.steps // 10, schedule="linear", progress=False)
-        return model, history["loss"]
+        finetune(model, entry.way(here.steps), task.batches(here.rows, CONTEXT, seed), here.steps, lr, seed, targets=PARTS.get(entry.only),
+                 evaluate=look, evaluate_every=max(1, here.steps // TENTHS), warmup=here.steps // 10, schedule="linear", progress=False)
+        return model
 
     def trial(self, entry: Entry, task: data.Task, lr: float, seed: int) -> float | None:
         """The score of one run, None where it diverged."""
         try:
-            score = bits(self.train(entry, task, lr, seed)[0], task)
+            score = bits(self.train(entry, task, lr, seed), task)
         except FloatingPointError:
             return None
         return score if math.isfinite(score) else None
@@ -170,15 +170,13 @@ class Settings:
             return curve[-1][0]
 
         try:
-            model, loss = self.train(entry, task, lr, seed, look)
+            model = self.train(entry, task, lr, seed, look)
             score, after = bits(model, task), bits(model, world)
         except FloatingPointError:
             score = math.nan
         if not math.isfinite(score):
-            return {"bits_per_byte": None, "forgotten": None, "training": None, "curve": None}, None
-        part = max(1, len(loss) // 40)
-        scores = {"bits_per_byte": score, "world_bits_per_byte": after, "forgotten": after - bits(before, world), "curve": curve,
-                  "training": [round(statistics.fmean(loss[i:i + part]) / math.log(2), 4) for i in range(0, len(loss), part)]}
+            return {"bits_per_byte": None, "forgotten": None, "curve": None}, None
+        scores = {"bits_per_byte": score, "world_bits_per_byte": after, "forgotten": after - bits(before, world), "curve": curve}
         if task.questions:
             scores["exact_match"] = exact_match(model, task.questions)
         if entry.base == "fp32":
@@ -254,9 +252,8 @@ def _is_search(record: dict) -> bool:
 
 def _is_run(record: dict) -> bool:
     scores, costs = record["scores"] | {}, record["costs"] | {}         # no list has that
-    training, curve = scores.pop("training", None), scores.pop("curve", None)
+    curve = scores.pop("curve", None)
     return (_is_search(record) and "bits_per_byte" in scores and all(value is None or _is_number(value) for value in scores.values())
-            and (training is None or len(training) > 0 and all(map(_is_number, training)))
             and (curve is None or len(curve) > 1 and all(len(point) == 2 and all(map(_is_number, point)) for point in curve))
             and all(_is_number(value) and value > 0 for value in costs.values()))
 

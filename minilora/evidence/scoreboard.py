@@ -153,7 +153,7 @@ def interval(mean: float, low: float, high: float, form: str = ".3f") -> str:
 
 def write_csv(runs: list[dict], path: Path) -> None:
     """One row a run."""
-    flat = [{key: value for key, value in run.items() if key not in ("scores", "costs")} | {k: v for k, v in run["scores"].items() if k not in ("training", "curve")} | run["costs"]
+    flat = [{key: value for key, value in run.items() if key not in ("scores", "costs")} | {k: v for k, v in run["scores"].items() if k != "curve"} | run["costs"]
             for run in runs]
     names = list(dict.fromkeys(key for row in flat for key in row))
     text = io.StringIO()
