@@ -11,6 +11,7 @@
     zero       A at zero and B random, the other way round
     batches    an eighth of the steps with eight times the rows
     alpha      LoRA of rank 8: four alphas, five learning rates
+    capacity   8 to 128 facts told until nothing more is held, by full fine-tuning and by an adapter that is too small for them
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from minilora.evidence import claims, compare
+from minilora.evidence import capacity, claims, compare
 from minilora.evidence.compare import Entry, Results, Settings
 from minilora.evidence.scoreboard import paired, score_of, seeds_needed
 
@@ -77,6 +78,22 @@ def alpha() -> None:
         grid("alpha", "code", entry, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), range(3))
 
 
+def room() -> None:
+    """By the pilot the small adapter learned more at 3e-2 than at 1e-2; full has its usual rate."""
+    results = Results(FOLDER / "capacity" / "results.json", compare.common(Settings(), COMMAND))
+    for count in claims.FACTS:
+        task = f"{count} facts"
+        results.same_data(task, compare.data.facts(count))
+        for entry, lr in ((claims.SMALL, 3e-2), (FULL, 1e-3)):
+            for seed in range(3):
+                if not results.find("grid", entry, task=task, seed=seed):
+                    found = capacity.until_flat(entry, count, seed, lr)
+                    scores = {"bits_per_byte": None, "held": found["held"], "doublings": found["doublings"]}
+                    results.add("grid", {**entry.key, "task": task, "seed": seed, "lr": lr, "steps": found["steps"], "scores": scores,
+                                         "costs": {"trainable_parameters": found["parameters"]}})
+                    say(f"capacity: {task}, {entry}, seed {seed}: {found['held']} bits")
+
+
 def asked(stage: str, lineup: list[Entry]) -> None:
     for task in QUESTIONS:
         fight(stage, task, lineup)
@@ -90,6 +107,7 @@ STAGES = {
     "zero": partial(asked, "zero", [claims.ZERO_A]),
     "batches": partial(asked, "batches", [claims.FULL_LARGE, claims.LORA_LARGE]),
     "alpha": alpha,
+    "capacity": room,
     "presets": lambda: [fight("presets", task, claims.PRESETS) for task in compare.TASKS],
 }
 

@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 
 from minilora import plots
-from minilora.evidence import claims, compare, scoreboard
+from minilora.evidence import capacity, claims, compare, scoreboard
 from minilora.evidence.claims import CLAIMS, Claim, Verdict
 from minilora.evidence.compare import Entry
 
@@ -51,11 +51,13 @@ LIMITS = {
     "intruders_rank": "With alpha/r; the paper's rank-stabilised runs are not here.",
     "intruders_forget": "A correlation over methods, each at its own rate, says nothing of causes.",
     "zero_b": "B = 0 and A = 0 at one scale each.",
+    "capacity_below": "One place for the adapter, the MLP of the third block, and rates that were not searched further than a pilot.",
+    "capacity_above": "How much fits elsewhere, or at a higher rank.",
     "alpha_once": "One task, rank 8, and rates half a decade apart.",
 }
 
 
-STAGES = {"parts": claims.MLP, "zero": claims.ZERO_A, "batches": claims.LORA_LARGE, "rates": claims.RANKS[1], "alpha": claims.ALPHAS[0]}
+STAGES = {"parts": claims.MLP, "zero": claims.ZERO_A, "batches": claims.LORA_LARGE, "rates": claims.RANKS[1], "alpha": claims.ALPHAS[0], "capacity": claims.SMALL}
 
 
 def page(content: dict) -> str:
@@ -119,13 +121,14 @@ The scores are held-out bits per byte; on facts and sums of the answers alone. *
 
 ## Question by question
 
-{(chr(10) * 2).join(paragraph(claim, verdicts, tasks) for claim in asked)}
+{(chr(10) * 2).join(paragraph(content, claim, verdicts, tasks) for claim in asked)}
 {"".join(f"{chr(10)}![{words}]({name}.png){chr(10)}" for name, words in WORDS.items() if name in pictures(content))}"""
 
 
 WORDS = {
     "rates": "Held-out bits per byte against the learning rate, a curve for full fine-tuning and for LoRA of each of three ranks, a panel for each task",
     "alpha": "A field for each alpha and learning rate of LoRA, its bits per byte written in it, the best of each alpha framed",
+    "room": "Bits held when more training adds nothing, against the number of facts told, for full fine-tuning and for an adapter of 5,120 parameters",
     "intruders": "Forgetting against intruder dimensions in a layer, a named dot for each method on the dense base, a panel for each task",
 }
 
@@ -193,13 +196,21 @@ def table(runs: list[dict], tasks: list[str]) -> str:
     return lines(rows)
 
 
-def paragraph(claim: Claim, verdicts: dict[tuple[str, str], Verdict], tasks: list[str]) -> str:
+def paragraph(content: dict, claim: Claim, verdicts: dict[tuple[str, str], Verdict], tasks: list[str]) -> str:
     """The answer first, then its numbers, what was run, and what it does not show."""
     found = {task: verdicts[claim.key, task] for task in tasks if (claim.key, task) in verdicts}
     by_verdict = {says: [task for task, verdict in found.items() if verdict.says == says] for says in ("shown", "contradicted", "open")}
     answer = "; ".join(f"{says} on {' and '.join(where)}" for says, where in by_verdict.items() if where)
     numbers = "; ".join(f"{task} {scoreboard.interval(verdict.mean, verdict.low, verdict.high, '+.3f')}" for task, verdict in found.items()).replace("-", "−")
-    return f"**{claim.headline}: {answer}.** {numbers}. Judged: {claim.run}. Asked because: {claim.paper}. Not shown: {LIMITS[claim.key]}"
+    found_too = f" {ceiling(content)}" if claim.key == "capacity_above" else ""
+    return f"**{claim.headline}: {answer}.** {numbers}.{found_too} Judged: {claim.run}. Asked because: {claim.paper}. Not shown: {LIMITS[claim.key]}"
+
+
+def ceiling(content: dict) -> str:
+    """What the small adapter held of the most facts, by its parameters."""
+    runs = [*scoreboard.of(content["grid"], f"{claims.FACTS[-1]} facts", claims.SMALL)]
+    bits = scoreboard.confidence([run["scores"]["held"] / run["costs"]["trainable_parameters"] for run in runs])
+    return f"Full, it held {scoreboard.interval(*bits)} bits a trained parameter, after {' and '.join(sorted({format(run['steps'], ',') for run in runs}))} steps."
 
 
 def pictures(content: dict) -> dict[str, object]:
@@ -227,6 +238,10 @@ def pictures(content: dict) -> dict[str, object]:
     alphas = {(entry.alpha, lr): statistics.fmean(scores) for entry in claims.ALPHAS for lr, scores in scores_at(content["grid"], "code", entry).items()}
     if alphas:
         drawn["alpha"] = plots.alpha_grid(alphas, "LoRA of rank 8 on code: held-out bits per byte")
+    held = {name: {count: [*values.values()] for count in claims.FACTS if (values := scoreboard.score_of(content["grid"], f"{count} facts", entry, "held"))}
+            for name, entry in (("full fine-tuning", claims.FULL), ("LoRA, 5,120 parameters", claims.SMALL))}
+    if all(held.values()):
+        drawn["room"] = plots.room(held, {count: count * capacity.BITS for count in claims.FACTS})
     return drawn
 
 

@@ -371,6 +371,25 @@ def capacity(records: list[dict]) -> Figure:
     return figure
 
 
+def room(held: dict[str, dict[int, list[float]]], told: dict[int, float]) -> Figure:
+    """Bits held when nothing more is learned, against the number of facts told: a line an entry through its means, every seed a dot; grey: all that
+    was told.      held: name -> number of facts -> [bits a seed]     told: number of facts -> bits."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    counts = sorted(told)
+    axes.plot(counts, [told[count] for count in counts], color="#999999", linestyle=":", label="told")
+    for color, (name, points) in zip(itertools.cycle(LINES), held.items()):
+        there = sorted(points)
+        axes.plot(there, [fmean(points[count]) for count in there], color=color, label=name)
+        axes.scatter([count for count in there for _ in points[count]], [bits for count in there for bits in points[count]], color=color, s=18)
+    axes.set(xscale="log", yscale="log", xlabel="facts told", ylabel="bits held", title="Room: what is held when more training adds nothing")
+    axes.set_xticks(counts, [str(count) for count in counts])
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    return figure
+
+
 def rank_film(film: dict) -> Figure:
     """AdaLoRA's surviving triplets, one frame after another: blocks downwards, modules across; below, the budget that forces the cuts."""
     modules = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in film["names"]))

@@ -710,6 +710,8 @@ def test_curves_of_rates_of_alphas_and_of_forgetting_are_the_numbers_that_were_g
     assert framed == [(1, 0), (0, 1)]                              # the best rate of each alpha
     axes = plots.learning_and_forgetting({"code": {"full": [[3.0, 0.0], [2.0, 4.0]]}}).axes[0]
     assert list(axes.lines[0].get_xdata()) == [3.0, 2.0] and axes.get_xlim()[0] > axes.get_xlim()[1]
+    axes = plots.room({"full": {8: [60.0, 62.0], 16: [120.0]}}, {8: 64.0, 16: 128.0}).axes[0]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[64.0, 128.0], [61.0, 120.0]]
     axes = plots.intruder_dots({"code": [("full", 0.1, 4.0), ("lora", 2.9, 5.0)]}).axes[0]
     assert axes.collections[0].get_offsets().tolist() == [[0.1, 4.0], [2.9, 5.0]] and [text.get_text() for text in axes.texts] == ["full", "lora"]
 
@@ -773,6 +775,31 @@ def test_the_curve_runs_nothing_twice(monkeypatch):
     assert records == kept and [(r["method"], r["parameters"] > 0) for r in records] == [("lora", True), ("full", True)]
     assert capacity.curve(8, 2, 1, done=records, say=quietly, keep=kept.append) == records and len(kept) == 2
     assert len(plots.capacity(records).axes) == 2
+
+
+def test_facts_are_told_for_twice_as_long_until_that_brings_nothing(monkeypatch):
+    told, answers = [], iter([10.0, 13.0, 15.0, 15.4, 99.0])
+    monkeypatch.setattr(capacity, "finetune", lambda model, method, batches, steps, *rest, **options: told.append((steps, options["targets"], options["warmup"])))
+    monkeypatch.setattr(capacity, "bits_held", lambda model, facts: next(answers))
+    found = capacity.until_flat(claims.SMALL, 4, 0, 0.03, first=10, last=1000)
+    where = ["blocks.2.mlp.up_proj", "blocks.2.mlp.down_proj"]
+    assert told == [(10, where, 1), (20, where, 2), (40, where, 4), (80, where, 8)]                      # 15.4 is less than 3 % above 15
+    assert found["steps"] == 80 and found["held"] == 15.4 and found["doublings"] == [[10, 10.0], [20, 13.0], [40, 15.0], [80, 15.4]]
+    assert capacity.until_flat(Entry("full"), 4, 0, 0.001, first=10, last=10)["doublings"] == [[10, 99.0]]
+
+
+def test_an_adapter_that_is_too_small_holds_its_facts_and_no_more():
+    """By hand: bits held of as many facts, one arm less the other, a fact."""
+    def grid(entry, count, held):
+        return [{**entry.key, "task": f"{count} facts", "seed": seed, "lr": 0.1, "scores": {"bits_per_byte": None, "held": bits}, "costs": {}} for seed, bits in enumerate(held)]
+
+    least, most = claims.FACTS[0], claims.FACTS[-1]
+    content = {"runs": [], "grid": grid(claims.SMALL, least, [60.0, 61.0, 60.5]) + grid(claims.FULL, least, [61.0, 61.5, 61.5])
+               + grid(claims.SMALL, most, [300.0, 310.0, 320.0]) + grid(claims.FULL, most, [1000.0, 1000.0, 1010.0])}
+    found = claims.judge(content)
+    assert set(found) >= {("capacity_below", "facts"), ("capacity_above", "facts")}
+    assert found["capacity_below", "facts"].mean == pytest.approx(-2.5 / 3 / least) and found["capacity_below", "facts"].says == "shown"
+    assert found["capacity_above", "facts"].mean == pytest.approx(2080 / 3 / most) and found["capacity_above", "facts"].says == "shown"
 
 
 # What is published

@@ -5,7 +5,8 @@ the right thing, asked in the words it was told in, says how many of them it hol
 
     bits held = Σ over facts of 7.98 + log2 p(thing | "name has a ")         at most 7.98 a fact; none where it is negative in sum
 
-What is held after so many steps is not all that a rank could hold: small ranks go on learning when large ones have long had it all.
+What is held after so many steps is not all that a rank could hold: small ranks go on learning when large ones have long had it all. So
+`until_flat` doubles the steps until that brings next to nothing more: what is held then is the adapter's capacity, or all there was.
 """
 
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from minilora import data
 from minilora.adapter import adapters, trainable_parameters
+from minilora.evidence.compare import PARTS, Entry
 from minilora.gpt import load_base
 from minilora.methods import RATES, make_method
 from minilora.training import answer_loss, exact_match, finetune
@@ -69,6 +71,23 @@ def curve(count: int = 128, steps: int = 800, seeds: int = 3, done: Sequence[dic
             keep(record)
             say(f"{method} {rank or ''} seed {seed}: {remembered:.1%} of {count} facts, {record['bits']:.0f} bits, {record['bits'] / record['parameters']:.4f} a parameter")
     return records
+
+
+def until_flat(entry: Entry, count: int, seed: int, lr: float, first: int = 400, last: int = 6400, gain: float = 0.03, rows: int = 8) -> dict:
+    """`count` facts told for `first` steps, for twice as many, and so on, each a run of its own with the rate down to zero at its end; until
+    twice as long holds less than `gain` more, or `last`.
+
+    Returns {"steps": of the last run, "held": its bits, "doublings": [[steps, bits], ...], "parameters": trained}.
+    """
+    facts, doublings, steps = data.invented(count, seed), [], first
+    while True:
+        model = load_base()
+        finetune(model, entry.way(steps), data.facts(count, seed).batches(rows, 64, seed), steps, lr, seed, targets=PARTS.get(entry.only),
+                 warmup=steps // 10, schedule="linear", progress=False)
+        doublings.append([steps, round(bits_held(model, facts), 2)])
+        if steps >= last or len(doublings) > 1 and doublings[-1][1] <= (1 + gain) * doublings[-2][1]:
+            return {"steps": steps, "held": doublings[-1][1], "doublings": doublings, "parameters": trainable_parameters(model)}
+        steps *= 2
 
 
 def film(steps: int = 200, frames: int = 8, task: str = "voice", seed: int = 0) -> dict:

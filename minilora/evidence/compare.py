@@ -45,7 +45,7 @@ TENTHS, SAMPLED = 10, 32                                # moments of a curve, an
 HALF_A_DECADE = math.sqrt(10)
 # Enough is asked that a score has little noise: 80 facts, 64 of them in words never told, and 582 sums.
 TASKS = {"voice": data.voice, "facts": lambda: data.facts(80, every=5), "sums": lambda: data.sums(75), "code": data.code}
-PARTS = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "mlp": ["up_proj", "down_proj"]}
+PARTS = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "mlp": ["up_proj", "down_proj"], "one mlp": ["blocks.2.mlp.up_proj", "blocks.2.mlp.down_proj"]}
 
 
 @dataclass(frozen=True)
@@ -252,9 +252,9 @@ def _is_search(record: dict) -> bool:
 
 def _is_run(record: dict) -> bool:
     scores, costs = record["scores"] | {}, record["costs"] | {}         # no list has that
-    curve = scores.pop("curve", None)
+    curve, doublings = scores.pop("curve", None), scores.pop("doublings", None)
     return (_is_search(record) and "bits_per_byte" in scores and all(value is None or _is_number(value) for value in scores.values())
-            and (curve is None or len(curve) > 1 and all(len(point) == 2 and all(map(_is_number, point)) for point in curve))
+            and all(points is None or len(points) > 1 and all(len(point) == 2 and all(map(_is_number, point)) for point in points) for points in (curve, doublings))
             and all(_is_number(value) and value > 0 for value in costs.values()))
 
 
