@@ -20,6 +20,7 @@ from minilora.evidence import capacity, claims, compare, scoreboard
 from minilora.evidence.claims import sooner
 from minilora.evidence.compare import Entry, Results, Settings, at_budget, entries
 from minilora.evidence.scoreboard import paired, score_of
+from minilora.methods import METHODS
 
 LORA, VERA = Entry("lora"), Entry("vera")
 
@@ -235,6 +236,13 @@ def test_a_text_that_has_changed_anywhere_is_another(tmp_path):
 def test_what_delta_lora_costs_is_measured_when_w_moves(base):
     settings = Settings(10, base=base)
     assert compare.priced(Entry("delta-lora"), settings)["alive_bytes"] > compare.priced(LORA, settings)["alive_bytes"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_its_price(name, base):
+    """LoRA-drop too, which looks at data before its first step."""
+    cost = compare.priced(Entry(name, "nf4" if name in compare.OWN_BASE else "fp32"), Settings(10, 2, base=base))
+    assert cost["alive_bytes"] > 0 and 0.05 < cost["step_ratio"] < 20
 
 
 def test_a_task_that_asks_has_its_exact_matches_recorded(base):

@@ -331,6 +331,7 @@ def step_ratio(entry: Entry, settings: Settings, rounds: int = 10) -> float:
     for one in (entry, Entry("full")):
         method = one.way(settings.steps)
         model = one.adapted(settings.steps, settings.base)
+        method.prepare(model, lambda step: (x, y), next_byte_loss, 1e-5)
         contenders.append((model, method, torch.optim.AdamW(method.parameter_groups(model, 1e-5), lr=1e-5)))
 
     def step(model: TinyGPT, method, optimizer) -> float:
