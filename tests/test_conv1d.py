@@ -1,9 +1,11 @@
 """Conv1D, whose weight is (in, out), gets adapters through a view; here a stand-in for the class, in tests/peers transformers' own."""
 
+import ast
 import copy
 import sys
 import types
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 import minilora as ml
 from minilora.quant.nf4 import quantize_nf4
+from minilora.safety.configuration import layers_meant
 from minilora.safety.conv1d import LinearView, conv1d, linear_layers, original
 from minilora.safety.targets import PLAIN_FORWARDS, find_targets
 from minilora.storage import base_fingerprint
@@ -85,6 +88,12 @@ def test_it_is_known_by_its_class_and_without_transformers_there_is_none(monkeyp
         ml.adapt(model, ml.LoRA(2))
 
 
+def test_no_file_imports_transformers_as_it_is_imported_itself():
+    for file in Path(ml.__file__).parent.rglob("*.py"):
+        imports = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        assert not [node for node in imports if "transformers" in ast.unparse(node)], file
+
+
 def test_adapters_add_to_the_conv1ds_own_product_and_it_comes_back(wake):
     model, plain = Net(), Net()
     there, before, print_ = layers(model), plain(X), base_fingerprint(model)
@@ -130,6 +139,7 @@ def test_four_bits_hold_w_row_by_row_and_remember(wake):
     said = model(X)
     merged = copy.deepcopy(ml.merge(model))
     assert [type(layer) for layer in layers(merged)] == 2 * [Conv1D, Conv1D, nn.Linear] and torch.allclose(merged(X), said, atol=1e-12)
+    assert all(layer.weight.is_contiguous() for layer in layers(merged))
 
 
 @pytest.mark.parametrize("verb", [lambda model, targets=None: ml.adapt(model, ml.LoRA(2), targets), ml.quantize], ids=["adapt", "quantize"])
@@ -148,9 +158,12 @@ def test_a_forward_of_its_own_is_refused_by_name_and_left_out_otherwise(verb):
         assert [one is other for one, other in zip(layers(model), there)] == 2 * [False, True, False]
 
 
-def test_a_subclass_may_be_said_to_be_plain(wake):
+def test_a_subclass_may_be_said_to_be_plain_and_its_own_forward_runs(wake):
     class Timed(Conv1D):
+        calls = 0
+
         def forward(self, x):
+            Timed.calls += 1
             return super().forward(x)
 
     PLAIN_FORWARDS.add(Timed.forward)
@@ -159,7 +172,7 @@ def test_a_subclass_may_be_said_to_be_plain(wake):
     finally:
         PLAIN_FORWARDS.remove(Timed.forward)
     said = model(X)
-    assert len(dict(ml.adapters(model))) == 6 and torch.allclose(ml.merge(model)(X), said, atol=1e-12) and type(model.blocks[0]["mid"]) is Conv1D
+    assert len(dict(ml.adapters(model))) == 6 and Timed.calls == 2 and torch.allclose(ml.merge(model)(X), said, atol=1e-12) and type(model.blocks[0]["mid"]) is Conv1D
 
 
 def test_what_is_tied_broken_or_too_thin_is_refused():
@@ -186,7 +199,7 @@ def test_the_last_conv1d_of_a_plain_model_is_its_head():
         def get_output_embeddings(self):
             return self.first
 
-    assert list(find_targets(Named())) == ["body"]
+    assert list(find_targets(Named())) == ["body"] == list(layers_meant(Named(), {"target_modules": "all-linear"}, Path("folder"), peft_made=True))
 
 
 def test_what_lies_outside_is_said_beside_both_kinds():
