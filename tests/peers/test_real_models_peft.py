@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import minilora as ml
 from minilora.evidence.intruders import intruders
-from minilora.evidence.ledger import ledger, predicted
+from minilora.evidence.ledger import ledger, predicted, readers
 from minilora.safety.targets import find_targets
 from minilora.storage import base_fingerprint
 
@@ -206,8 +206,9 @@ def test_conv1d_and_linear_in_one_folder(tmp_path):
     theirs = peft.PeftModel.from_pretrained(scorer(), ml.save_adapter(ours, tmp_path / "ours"))
     assert (ours(IDS).logits - theirs(IDS).logits).abs().max() < 1e-10 < 1e-2 < (ours(IDS).logits - scorer()(IDS).logits).abs().max()
     theirs.save_pretrained(tmp_path / "theirs")
-    assert json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["fan_in_fan_out"] is False
-    assert torch.equal(ml.load_adapter(scorer(), tmp_path / "theirs")(IDS).logits, ours(IDS).logits)
+    for folder, flag in (("ours", True), ("theirs", False)):
+        assert json.loads((tmp_path / folder / "adapter_config.json").read_text())["fan_in_fan_out"] is flag
+        assert torch.equal(ml.load_adapter(scorer(), tmp_path / folder)(IDS).logits, ours(IDS).logits)
 
 
 def test_biases_that_are_trained_beside_conv1d(tmp_path):
@@ -397,6 +398,7 @@ def test_what_gpt2_costs_is_what_the_formulas_say(method):
     model = ml.adapt(build("GPT-2", torch.float32), method)
     lines = ledger(model, 33, lambda: model(IDS))
     assert lines == predicted(model, 33, lambda: model(IDS)) and [line.name for line in lines[:8]] == OUTPUTS
+    assert {name for group in readers(model, lambda: model(IDS)) for name in group} >= set(OUTPUTS)
 
 
 def test_intruders_of_gpt2_are_those_of_its_twin():
