@@ -17,6 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from minilora.safety import beside
+from minilora.safety.conv1d import dense_conv1d, original, stands_for_conv1d
 from minilora.safety.targets import find_targets
 from minilora.safety.watch import Watch, judge
 
@@ -158,12 +159,13 @@ class Method:
 
 
 def adapt(model: nn.Module, method: Method, targets: list[str] | None = None) -> nn.Module:
-    """Freeze `model` whole, norms and biases too, and put `method`'s adapters on its target Linears, in place. Returns it.
+    """Freeze `model` whole, norms and biases too, and put `method`'s adapters on its target Linears, in place. Returns it. GPT-2's Conv1D is
+    a Linear here.
 
     A target names the Linears whose dotted name equals it or ends in ".target". None: those inside an nn.ModuleList (the
     repeated blocks); where there is none, all but the output head. Of these, layers that can carry no adapter are left out: those with
     a forward of their own, those of nn.MultiheadAttention (which reads its weight past any adapter), those too thin for the rank. A
-    warning names them, and what share of the blocks' weights no nn.Linear holds.
+    warning names them, and what share of the blocks' weights no linear layer holds.
 
     Raises ValueError, the model unchanged, where nothing matches or nothing is left, an adapter is there already (PEFT's too), such a
     layer was named, a weight is tied to another module's, not finite or stored in 8 bits or whole numbers, or the method refuses.
@@ -271,7 +273,7 @@ def swapped(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[nn.Modu
 
 
 def merge(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Fold the adapters in, in place: each becomes a new nn.Linear with weight W + delta_weight. Returns the model.
+    """Fold the adapters in, in place: each becomes a new nn.Linear (or Conv1D, as it was) with weight W + delta_weight. Returns the model.
 
     The sum is made in float32 (float64 for a float64 base) and rounded once, to `dtype` or else to the base's. In 16 bits
     that rounding can swallow most of a small update. With `dtype` all of the model comes out in it, as after model.to(dtype), for
@@ -315,16 +317,19 @@ def unload(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _merged(name: str, adapter: Adapter, dtype: torch.dtype | None) -> nn.Linear:
+def _merged(name: str, adapter: Adapter, dtype: torch.dtype | None) -> nn.Module:
     weight, bias = adapter.base.weight, adapter.base.bias
     wide, dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32, dtype or weight.dtype
-    linear = nn.Linear(adapter.in_features, adapter.out_features, bias=bias is not None, device=weight.device, dtype=dtype)
     sum_ = weight.to(wide) + adapter.delta_weight().to(wide)
     if not sum_.is_meta and not sum_.isfinite().all():
         raise ValueError(f"{name}: W + delta_weight holds values that are not finite numbers; the adapter is broken")
-    linear.weight.copy_(_fits(f"{name}.weight", sum_, dtype))
-    if bias is not None:
-        linear.bias.copy_(_fits(f"{name}.bias", bias, dtype))
+    W, b = _fits(f"{name}.weight", sum_, dtype), None if bias is None else _fits(f"{name}.bias", bias, dtype)
+    if stands_for_conv1d(adapter.base):
+        return dense_conv1d(W, b).requires_grad_(False).train(adapter.training)
+    linear = nn.Linear(adapter.in_features, adapter.out_features, bias=b is not None, device=W.device, dtype=dtype)
+    linear.weight.copy_(W)
+    if b is not None:
+        linear.bias.copy_(b)
     return linear.requires_grad_(False).train(adapter.training)
 
 
@@ -344,7 +349,8 @@ def _some_adapters(model: nn.Module, verb: str) -> dict[str, Adapter]:
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """`module` in that place of the model. The hooks that were set on what was there go over: they are the place's."""
+    """`module` in that place of the model; of a view the Conv1D. The hooks that were set on what was there go over: they are the place's."""
+    module = original(module)
     path, _, child = name.rpartition(".")
     parent = model.get_submodule(path)
     there = getattr(parent, child)

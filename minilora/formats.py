@@ -228,7 +228,7 @@ class AdaLoRAFormat(LoRAFormat):
         fields["total_step"] = method.total_steps or method.warmup_steps + method.final_steps + 1      # PEFT insists on a number
         kept = {f"{name}.lora_E": layer.kept.tolist() for name, layer in layers.items()}
         cut = any(not all(pattern) for pattern in kept.values())
-        return fields | {"rank_pattern": kept if cut else None, "fan_in_fan_out": False, "init_lora_weights": True}
+        return fields | {"rank_pattern": kept if cut else None, "init_lora_weights": True}
 
     def methods(self, config: dict, names: Iterable[str]) -> dict[str, Method]:
         config["init_r"], config["lora_alpha"]                                        # KeyError where one is missing
@@ -274,7 +274,7 @@ class VeRAFormat(LoRAFormat):
     def config(self, layers: Layers, projection: bool = True) -> dict:
         method = next(iter(layers.values())).method
         return {"r": method.rank, "d_initial": method.d_initial, "projection_prng_key": method.seed, "vera_dropout": method.dropout,
-                "save_projection": projection, "fan_in_fan_out": False, "init_weights": True}
+                "save_projection": projection, "init_weights": True}
 
     def methods(self, config: dict, names: Iterable[str]) -> dict[str, Method]:
         return dict.fromkeys(names, VeRA(rank=config["r"], d_initial=float(config.get("d_initial", 0.1)), seed=config["projection_prng_key"],
@@ -350,7 +350,7 @@ def by_pattern(config: dict, field: str, name: str, usual: object) -> object:
 
 def lora_config(rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> dict:
     return {"r": rank, "lora_alpha": whole_if_whole(alpha), "lora_dropout": dropout, "use_rslora": rslora, "use_dora": False,
-            "fan_in_fan_out": False, "init_lora_weights": True}
+            "init_lora_weights": True}
 
 
 def whole_if_whole(value: float) -> float:

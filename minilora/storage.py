@@ -27,6 +27,7 @@ from minilora.formats import DTYPES, FORMATS, PEFT_TYPES, PEFTS_OWN, LoRAFormat
 from minilora.gpt import TinyGPT
 from minilora.safety import beside, configuration
 from minilora.safety.configuration import PREFIX
+from minilora.safety.conv1d import stands_for_conv1d
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFTS_COPIES = (".original_module.bias", ".modules_to_save.bias")     # bias = "all" makes PEFT write a saved module's bias three times
@@ -253,7 +254,8 @@ def _config(plain: nn.Module, layers: dict[str, Adapter], extra: dict, projectio
     """adapter_config.json. extra: PEFT's fields for what is saved beside the adapters."""
     form = _first_form(layers)
     shell = {"peft_type": form.peft_type, "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
-             "bias": extra.get("bias", "none"), "modules_to_save": extra.get("modules_to_save")}
+             "bias": extra.get("bias", "none"), "modules_to_save": extra.get("modules_to_save"),
+             "fan_in_fan_out": any(stands_for_conv1d(layer.base) for layer in layers.values())}
     return shell | {"target_modules": configuration.targets(plain, layers)} | form.config(layers, projection)
 
 

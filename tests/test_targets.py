@@ -148,7 +148,7 @@ def test_where_nothing_is_left_the_first_reason_is_given():
 # The head is never taken for want of others.
 
 class Conv1D(nn.Module):
-    """GPT-2's: a weight (in, out)."""
+    """A weight (in, out) as GPT-2's, and not transformers' class (test_conv1d.py): what else it does, nobody knows."""
 
     def __init__(self, into, out):
         super().__init__()

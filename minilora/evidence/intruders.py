@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.adapter import Adapter
+from minilora.safety.conv1d import linear_layers
 from minilora.safety.targets import find_targets
 
 
@@ -21,9 +22,9 @@ def count_intruders(W: Tensor, dW: Tensor, top: int = 10, below: float = 0.5) ->
 @torch.no_grad()
 def intruders(model: nn.Module, before: nn.Module, top: int = 10, below: float = 0.5) -> float:
     """Their mean number over the layers that were or could be adapted. before: the model as it was, with the same names."""
-    found = []
+    found, trained = [], linear_layers(model)
     for name, linear in find_targets(before).items():
         layer = model.get_submodule(name)
-        dW = layer.delta_weight() if isinstance(layer, Adapter) else layer.weight - linear.weight
+        dW = layer.delta_weight() if isinstance(layer, Adapter) else trained[name].weight - linear.weight
         found.append(count_intruders(linear.weight, dW, top, below))
     return sum(found) / len(found)

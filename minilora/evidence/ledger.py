@@ -25,6 +25,7 @@ from minilora.methods.full import FullFineTuning
 from minilora.methods.lora_drop import LoRADrop
 from minilora.methods.vera import VeRA
 from minilora.quant.linear import NF4Linear
+from minilora.safety.conv1d import linear_layers, original
 
 
 class _Kept:
@@ -71,14 +72,13 @@ def _wants_gradient(layer: nn.Module, inputs: tuple) -> None:
 
 def readers(model: nn.Module, run: Callable[[], object]) -> list[list[str]]:
     """The adapted layers by what they read in `run`, a forward pass of the whole model: those that read one tensor are in one group."""
-    layers = _layers(model)
-    names, groups, held = {layer: name for name, layer in layers.items()}, {}, []
+    names, groups, held = {original(layer): name for name, layer in _layers(model).items()}, {}, []
 
     def note(layer: nn.Module, inputs: tuple) -> None:
         held.append(inputs[0])                                  # as long as it is held, no other tensor can be in its place
         groups.setdefault(inputs[0].data_ptr(), []).append(names[layer])
 
-    with watching(layers.values(), note):
+    with watching(names, note):
         run()
     return list(groups.values())
 
@@ -168,7 +168,7 @@ def ledger(model: nn.Module, tokens: int = 1024, run: Callable[[], object] | Non
             forward, backward = flops(lambda: layer(x))
         lines.append(_weighed(name, layer, counted, alive_bytes=alive, forward_flops=forward, backward_flops=backward))
     if run:
-        layers = _layers(model).values()
+        layers = [original(layer) for layer in _layers(model).values()]
         with torch.random.fork_rng([]), watching(layers, _wants_gradient):
             together = bytes_alive(model, run, layers)
         lines.append(Line(SHARED, alive_bytes=together - sum(line.alive_bytes for line in lines)))
@@ -204,7 +204,7 @@ def predicted(model: nn.Module, tokens: int = 1024, run: Callable[[], object] | 
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    return dict(adapters(model)) or {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.weight.requires_grad}
+    return dict(adapters(model)) or {name: layer for name, layer in linear_layers(model).items() if layer.weight.requires_grad}
 
 
 def _type(layer: nn.Module) -> torch.dtype:

@@ -93,7 +93,7 @@ class LoftQLinear(LoRALinear):
         if isinstance(base, NF4Linear):
             raise ValueError(f"{type(method).__name__} chooses the 4-bit base itself and needs the dense weight; this layer is in four bits already")
         Q, A, B = method.split(base.weight.double())      # float64, so that every machine finds the same Q
-        super().__init__(NF4Linear(dataclasses.replace(Q, dtype=base.weight.dtype), base.bias).train(base.training), method)
+        super().__init__(NF4Linear.standing_for(base, dataclasses.replace(Q, dtype=base.weight.dtype)), method)
         self.A.copy_(A)
         self.B.copy_(B)
 

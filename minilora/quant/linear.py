@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from minilora.adapter import adapters, find_targets, put
 from minilora.quant.double import DoubleQuantized
 from minilora.quant.nf4 import NF4Tensor, quantize_nf4
+from minilora.safety.conv1d import stands_for_conv1d
 from minilora.safety.targets import PLAIN_FORWARDS
 
 
@@ -39,6 +40,8 @@ class NF4Linear(nn.Linear):
     weight: an NF4Tensor of shape (out, in).     compute_dtype: None for the dtype that was quantized.
     """
 
+    stands_for_conv1d = False      # then merging makes a Conv1D again
+
     def __init__(self, weight: NF4Tensor, bias: nn.Parameter | None = None, compute_dtype: torch.dtype | None = None):
         nn.Module.__init__(self)
         if len(weight.shape) != 2:
@@ -59,7 +62,14 @@ class NF4Linear(nn.Linear):
         """`linear` in four bits, in a layer of its own; as it is if it is in four bits already."""
         if isinstance(linear, cls):
             return linear
-        return cls(quantize_nf4(linear.weight, block_size, double), linear.bias).train(linear.training)
+        return cls.standing_for(linear, quantize_nf4(linear.weight, block_size, double))
+
+    @classmethod
+    def standing_for(cls, linear: nn.Linear, weight: NF4Tensor, compute_dtype: torch.dtype | None = None) -> "NF4Linear":
+        """`weight` in the place of `linear`, whose bias it takes."""
+        layer = cls(weight, linear.bias, compute_dtype).train(linear.training)
+        layer.stands_for_conv1d = stands_for_conv1d(linear)
+        return layer
 
     @property
     def quantized(self) -> NF4Tensor:
@@ -145,7 +155,7 @@ def merge_nf4(model: nn.Module) -> nn.Module:
         dW = layer.delta_weight().float()
         sum_ = layer.base.dequantize(torch.float32) + dW
         double = "scales" not in layer.base.parts
-        merged[name] = NF4Linear(quantize_nf4(sum_.to(layer.base.dtype), layer.base.block_size, double), layer.bias, layer.base.compute_dtype)
+        merged[name] = NF4Linear.standing_for(layer.base, quantize_nf4(sum_.to(layer.base.dtype), layer.base.block_size, double), layer.base.compute_dtype)
         lost += (merged[name].dequantize(torch.float32) - sum_).square().sum().item()
         whole += dW.square().sum().item()
     if not found:

@@ -5,6 +5,7 @@
     layers_to_transform    with target_modules as a list: only in the blocks of these numbers; layers_pattern: what the list of blocks is called
     modules_to_save        ends of the names of modules that are saved whole: a trained head
     bias                   "all" biases are saved, or "lora_only": those of the adapted layers
+    fan_in_fan_out         true where layers are Conv1D, which store W transposed; what it says of them is not asked, as in PEFT
 """
 
 import json
@@ -17,6 +18,7 @@ from torch import nn
 from minilora.adapter import adapters
 from minilora.formats import PEFT_TYPES
 from minilora.safety import beside
+from minilora.safety.conv1d import linear_layers, original, stands_for_conv1d
 from minilora.safety.targets import check_targets, find_targets
 
 PREFIX = "base_model.model."
@@ -24,7 +26,7 @@ PREFIX = "base_model.model."
 # Fields that change nothing, and those of the table above. Any other that formats.py does not know may change the meaning: refused, if it is set.
 HARMLESS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
             "revision", "task_type"}
-PLACES = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias"}
+PLACES = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "bias", "fan_in_fan_out"}
 
 
 def _names(value: object) -> bool:
@@ -41,6 +43,7 @@ KINDS = {                                             # null may stand for all o
     "layers_pattern": lambda value: isinstance(value, str) or _names(value),
     "layers_to_transform": lambda value: _number(value) or isinstance(value, list) and all(map(_number, value)),
     "modules_to_save": _names,
+    "fan_in_fan_out": lambda value: isinstance(value, bool),
 }
 
 
@@ -78,10 +81,10 @@ def layers_meant(plain: nn.Module, config: dict, file: Path, peft_made: bool) ->
     """The layers that the file means, in the model's order. Raises ValueError where there are none, or as adapt does."""
     if any(True for _ in adapters(plain)):
         raise ValueError("load_adapter takes a plain model, and this one is adapted already: unload() or merge() it first")
-    linears = {name: module for name, module in plain.named_modules() if isinstance(module, nn.Linear) and name}
+    linears = linear_layers(plain)
     head = getattr(plain, "get_output_embeddings", lambda: None)()
     try:
-        chosen = {name: linear for name, linear in linears.items() if _is_meant(name, linear is head, config, peft_made)}
+        chosen = {name: linear for name, linear in linears.items() if _is_meant(name, original(linear) is head, config, peft_made)}
     except (re.error, OverflowError) as error:
         raise ValueError(f"{file}: target_modules, or another of its names, is no regular expression ({error})") from None
     try:
@@ -92,6 +95,9 @@ def layers_meant(plain: nn.Module, config: dict, file: Path, peft_made: bool) ->
         check_targets(plain, chosen)
     except ValueError as error:
         raise ValueError(f"{file}: target_modules: {error}") from None
+    if config.get("fan_in_fan_out") and not any(map(stands_for_conv1d, chosen.values())):
+        raise ValueError(f"{file}: fan_in_fan_out = True is for layers that store their weight (in, out), as Conv1D does, and here there is none: "
+                         f"{next(iter(chosen))} is an nn.Linear; set it to false")
     return chosen
 
 

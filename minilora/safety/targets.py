@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-# The forwards that are known to be y = x Wᵀ + b. A class of your own that computes it too may be added.
+from minilora.safety.conv1d import LinearView, conv1d, linear_layers, original
+
+# The forwards that are known to be y = x Wᵀ + b, beside that of transformers' Conv1D. A class of your own that computes it too may be added.
 PLAIN_FORWARDS = {nn.Linear.forward}
 
 WHOLE = ("",)          # what every name begins with
@@ -19,12 +21,12 @@ WORTH_A_WORD = 0.01    # share of the weights that lies outside nn.Linear: below
 
 def find_targets(model: nn.Module, targets: list[str] | None = None, unfit: Callable[[nn.Linear], str] = lambda linear: "",
                  tell: bool = False) -> dict[str, nn.Linear]:
-    """The Linears that `adapt` would put adapters on, by dotted name, in the model's order. Raises ValueError as adapt does.
+    """The Linears that `adapt` would put adapters on, by dotted name, in the model's order; of a Conv1D a view. Raises ValueError as adapt does.
 
     unfit(linear): why a method cannot sit on that layer, or "".     tell: warn of what is left out because no targets were named.
     """
     _refuse_peft(model)
-    linears = {name: m for name, m in model.named_modules() if name and isinstance(m, nn.Linear)}
+    linears = linear_layers(model)
     chosen = _in_the_blocks(model, linears) if targets is None else _named(model, linears, [targets] if isinstance(targets, str) else targets)
     if not chosen:
         raise ValueError(f"no Linear to adapt; this model has {_last_names(model, linears)}")
@@ -78,7 +80,7 @@ def _named(model: nn.Module, linears: dict[str, nn.Linear], targets: list[str]) 
 def _in_the_blocks(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
     """Those inside an nn.ModuleList; where no list holds any weights, all but the output head. Never the head for want of others."""
     blocks, head = _blocks(model), _output_head(model, linears)
-    inside = {name: linear for name, linear in linears.items() if name.startswith(blocks) and (blocks != WHOLE or linear is not head)}
+    inside = {name: linear for name, linear in linears.items() if name.startswith(blocks) and (blocks != WHOLE or original(linear) is not head)}
     others = _outside(model, blocks)
     if others and linears and not inside:
         where = next(iter(others)).rpartition(".")[0]
@@ -91,14 +93,14 @@ def _in_the_blocks(model: nn.Module, linears: dict[str, nn.Linear]) -> dict[str,
 def _blocks(model: nn.Module) -> tuple[str, ...]:
     """What the names of all that is in the repeated blocks begin with; WHOLE where no nn.ModuleList holds a weight."""
     lists = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, nn.ModuleList))
-    holds = any(isinstance(m, nn.Linear) and name.startswith(lists) for name, m in model.named_modules()) or _outside(model, lists)
+    holds = any(name.startswith(lists) for name in linear_layers(model)) or _outside(model, lists)
     return lists if holds else WHOLE
 
 
 def _outside(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, Tensor]:
-    """The blocks' matrices (or more) that belong neither to an nn.Linear nor to an nn.Embedding, which looks up: parameters, and packed codes.
+    """The blocks' matrices (or more) that belong neither to a linear layer nor to an nn.Embedding, which looks up: parameters, and packed codes.
     The largest first."""
-    apart = {name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    apart = {name for name, m in model.named_modules() if isinstance(m, nn.Embedding)} | linear_layers(model).keys()
     packed = [(name, b) for name, b in model.named_buffers() if b.dtype in (torch.uint8, torch.int8, torch.int32)]
     found = [(name, tensor) for name, tensor in (*model.named_parameters(), *packed)
              if tensor.dim() > 1 and name.startswith(blocks) and not any(parent in apart for parent in _parents(name))]
@@ -111,14 +113,15 @@ def _parents(name: str) -> Iterable[str]:
 
 
 def _tell(model: nn.Module, linears: dict[str, nn.Linear], unfitting: dict[str, str]) -> None:
-    """Warn, once a call, of the layers that were left out and of the weights that no nn.Linear holds."""
+    """Warn, once a call, of the layers that were left out and of the weights that no linear layer holds."""
     blocks = _blocks(model)
     others = _outside(model, blocks)
     outside = sum(p.numel() for p in others.values())
     inside = sum(linear.in_features * linear.out_features for name, linear in linears.items() if name.startswith(blocks))
     said = []
     if outside > WORTH_A_WORD * (outside + inside):
-        said.append(f"{outside / (outside + inside):.0%} of the blocks' weights lie outside nn.Linear and stay as they are: {listed(others)}")
+        kinds = "nn.Linear and Conv1D" if any(isinstance(linear, LinearView) for linear in linears.values()) else "nn.Linear"
+        said.append(f"{outside / (outside + inside):.0%} of the blocks' weights lie outside {kinds} and stay as they are: {listed(others)}")
     by_reason: dict[str, list[str]] = {}
     for name, reason in unfitting.items():
         by_reason.setdefault(reason, []).append(name)
@@ -131,12 +134,13 @@ def _bypassed(linear: nn.Linear, inside_attention: set[int]) -> str:
     """Why x Wᵀ + b is not what this layer adds to the model, or ""."""
     if id(linear) in inside_attention:
         return "out_proj belongs to an nn.MultiheadAttention, which reads its weight directly and would bypass an adapter"
-    if "forward" in vars(linear):
+    layer = original(linear)
+    if "forward" in vars(layer):
         return ("its forward has been replaced on this very layer (by accelerate's hooks or by hand), and need not be x Wᵀ + b; "
                 "take that off first")
-    if type(linear).forward not in PLAIN_FORWARDS:
-        name = type(linear).__name__
-        return (f"{name} is an nn.Linear with a forward of its own, which need not be x Wᵀ + b. If it is, put an nn.Linear with its weight and "
+    if type(layer).forward not in PLAIN_FORWARDS | {getattr(conv1d(), "forward", None)}:
+        name, kind = type(layer).__name__, "an nn.Linear" if layer is linear else "a Conv1D"
+        return (f"{name} is {kind} with a forward of its own, which need not be x Wᵀ + b. If it is, put {kind} with its weight and "
                 f"bias in its place, or say so: minilora.safety.targets.PLAIN_FORWARDS.add({name}.forward)")
     return ""
 
@@ -153,7 +157,8 @@ def _refuse_tied(model: nn.Module, chosen: dict[str, nn.Linear]) -> None:
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         owners.setdefault(id(tensor), []).append(name)
     for name, linear in chosen.items():
-        weight = linear._parameters.get("weight", linear._buffers.get("codes"))        # of a 4-bit layer the codes
+        layer = original(linear)
+        weight = layer._parameters.get("weight", layer._buffers.get("codes"))          # of a 4-bit layer the codes
         shared = owners.get(id(weight), [])
         if len(shared) > 1:
             raise ValueError(f"{name}: its weight is tied ({' = '.join(shared)}); an adapter on one would not move the other")
@@ -169,10 +174,10 @@ def _refuse_broken(chosen: dict[str, nn.Linear]) -> None:
             raise ValueError(f"{name}: its weight holds values that are not finite numbers; the base is broken")
 
 
-def _output_head(model: nn.Module, linears: dict[str, nn.Linear]) -> nn.Linear | None:
+def _output_head(model: nn.Module, linears: dict[str, nn.Linear]) -> nn.Module | None:
     """What transformers calls the output embeddings; in a plain module, the last Linear."""
     named = getattr(model, "get_output_embeddings", lambda: None)()
-    return named if named is not None else next(reversed(linears.values()), None)
+    return named if named is not None else original(next(reversed(linears.values()), None))
 
 
 def _last_names(model: nn.Module, linears: dict[str, nn.Linear]) -> str:

@@ -38,14 +38,22 @@ def tune(model, method=ml.LoRA(2), loss_fn=labels, x=IDS, **options):
         return ml.finetune(model, method, lambda step: (x, x), 2, 0.01, loss_fn=loss_fn, progress=False, **options)
 
 
-@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "GPT2ForSequenceClassification", "OpenAIGPTForSequenceClassification", "ImageGPTForImageClassification"])
-def test_conv1d_is_named_and_the_head_never_adapted(name):
-    model = build(name, **GPT2)
-    for verb in (lambda: ml.adapt(model, ml.LoRA(2)), lambda: ml.quantize(model)):
-        with pytest.raises(ValueError, match=r"not in nn.Linear but in Conv1D \(transformer.h.\*.mlp.c_fc, …\)"):
-            verb()
-    with pytest.raises(ValueError, match="no Linear matches 'c_attn'.*c_attn is a Conv1D"):
-        ml.adapt(model, ml.LoRA(2), ["c_attn"])
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "GPT2DoubleHeadsModel", "GPT2ForSequenceClassification", "OpenAIGPTLMHeadModel", "ImageGPTForImageClassification",
+                                  "DecisionTransformerModel"])
+def test_conv1d_is_adapted_and_put_in_four_bits_and_the_head_is_not(name):
+    """test_real_models_peft.py has the rest."""
+    options = GPT2 if name != "DecisionTransformerModel" else dict(hidden_size=24, n_layer=2, n_head=3, max_ep_len=16)
+    model = build(name, **options)
+    blocks = {layer: m for layer, m in model.named_modules() if isinstance(m, transformers.pytorch_utils.Conv1D)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ml.adapt(model, ml.LoRA(2))
+    assert [layer for layer, _ in ml.adapters(model)] == list(blocks) and len(blocks) == 8
+    assert all(model.get_submodule(layer).delta_weight().T.shape == m.weight.shape for layer, m in blocks.items())
+    ml.unload(model)
+    assert all(model.get_submodule(layer) is m for layer, m in blocks.items())
+    ml.quantize(model)
+    assert [layer for layer, m in model.named_modules() if isinstance(m, ml.NF4Linear)] == list(blocks)
 
 
 @pytest.mark.parametrize("name, options, said", [
