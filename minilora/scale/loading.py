@@ -71,7 +71,7 @@ def load_tokenizer(source: str | Path):
     if not any((folder / name).exists() for name in TOKENIZERS):
         raise ValueError(f"{folder} holds no tokenizer ({TOKENIZERS[0]}): save the model's own there with tokenizer.save_pretrained({str(folder)!r})")
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             works = len(tokenizer("a b", add_special_tokens=False).input_ids) > 0
     except Exception as error:                                       # each tokenizer library has errors of its own
@@ -97,7 +97,7 @@ def _folder(source: str | Path, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        with _quiet():
+        with quiet():
             folder = Path(snapshot_download(name, allow_patterns=SMALL_FILES))
             if weights:
                 shards = _shards(folder / INDEX) if (folder / INDEX).exists() else [WEIGHTS]
@@ -114,7 +114,7 @@ def _config(folder: Path):
     file = folder / CONFIG
     said = _read_json(file)
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         kind = said.get("model_type")
@@ -195,7 +195,7 @@ def _skeleton(folder: Path, config, name: str, dtype: torch.dtype) -> nn.Module:
 
     config.name_or_path = name
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:                                       # sizes that do not go together fail in many ways
         raise ValueError(f"{folder / CONFIG}: no model can be built of it ({type(error).__name__}: {_line(error)})") from None
@@ -301,7 +301,7 @@ def _complete(folder: Path, model: nn.Module, missing: set[str], device: torch.d
     for name, buffer in list(model.named_non_persistent_buffers()):
         _set(model, name, torch.empty_like(buffer, device=device), is_ready=False)
     device = torch.device(device)
-    with _quiet(), torch.random.fork_rng([device] if device.type == "cuda" else []):     # some models draw before they look what is missing
+    with quiet(), torch.random.fork_rng([device] if device.type == "cuda" else []):     # some models draw before they look what is missing
         model.initialize_weights()
         model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
         if (folder / "generation_config.json").exists():
@@ -322,7 +322,7 @@ def _converted(folder: Path, model: nn.Module, four_bits: bool, device: torch.de
         ", so the base exists densely before it is put in four bits" if four_bits else ""), stacklevel=3)
     name = model.name_or_path
     try:
-        with _quiet():
+        with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, use_safetensors=True, trust_remote_code=False,
                                                                output_loading_info=True)
     except Exception as error:
@@ -336,7 +336,7 @@ def _converted(folder: Path, model: nn.Module, four_bits: bool, device: torch.de
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers without its progress bars and advice: what matters here is an error, or a warning of ours."""
     from transformers.utils import logging
 
