@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from minilora.adapter import find_targets, put
 from minilora.quant.linear import NF4Linear, quantize
@@ -252,7 +253,7 @@ def _compare(folder: Path, model: nn.Module, stored: dict[str, Stored], places: 
 def _fill(model: nn.Module, stored: dict[str, Stored], places: dict[str, str], targets: dict[str, nn.Linear], device: torch.device | str) -> None:
     """Read each tensor and put it in its place, the targets' weights in four bits."""
     expected = model.state_dict()
-    for name, where in stored.items():
+    for name, where in tqdm(stored.items(), "reading", unit="tensor", leave=False, disable=None):       # shown on a terminal only
         place = places[name]
         if place in expected:
             _set(model, place, _read(where).to(device, expected[place].dtype))
