@@ -35,7 +35,8 @@ def add(commands) -> None:
     parser.add_argument("--alpha", type=positive, help="strength of the update (default: the method's)")
     parser.add_argument("--steps", type=whole(1), default=200)
     parser.add_argument("--lr", type=positive, help="peak learning rate (default: one that suits the method)")
-    parser.add_argument("--context", type=whole(2), metavar="N", help="bytes of a window (default: what the base reads); with --model tokens (default: 256 at most)")
+    parser.add_argument("--context", type=whole(2), metavar="N",
+                        help="bytes of a window (default: what the base reads); with --model tokens (default: 256 at most)")
     parser.add_argument("--rows", type=whole(1), metavar="N", help="windows in a batch (default: 16, with --model 4)")
     parser.add_argument("--accumulate", type=whole(1), default=1, metavar="N", help="batches that a step reads, one after the other (default: 1)")
     parser.add_argument("--clip", type=positive, metavar="LENGTH", help="largest length of the gradient (default: any)")

@@ -47,7 +47,7 @@ def merge_real(args: argparse.Namespace) -> int:
 
     refuse_other_things(args.out)
     if (args.adapter / REAL).is_dir():
-        raise ValueError(f"{args.adapter} holds a whole model, fully fine-tuned, and no adapter: speak with it by `generate --model {args.adapter / REAL}`")
+        raise ValueError(f"{args.adapter} holds a whole model, fully fine-tuned, and no adapter: `generate --model {args.adapter / REAL}` speaks with it")
     speaker = real_model(args, device="cpu")
     save_folder(ml.merge(speaker.model), speaker.tokenizer, args.out)
     print(f"{args.out}: a model of its own; speak with it by `generate --model {args.out}`")

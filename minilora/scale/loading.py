@@ -101,7 +101,7 @@ def _folder(source: str | Path, weights: bool = True) -> Path:
         with quiet():
             folder = Path(snapshot_download(name, allow_patterns=SMALL_FILES))
             if weights:
-                shards = _shards(folder / INDEX) if (folder / INDEX).exists() else [WEIGHTS]
+                shards = {*_table(folder / INDEX).values()} if (folder / INDEX).exists() else {WEIGHTS}
                 folder = Path(snapshot_download(name, allow_patterns=[*SMALL_FILES, *shards]))
         return folder
     except Exception as error:                                       # the hub's own, the network's, the disk's
@@ -110,20 +110,22 @@ def _folder(source: str | Path, weights: bool = True) -> Path:
 
 def _config(folder: Path):
     """The configuration of a causal language model that transformers knows."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     file = folder / CONFIG
-    said = _read_json(file)
+    kind = _read_json(file).get("model_type")
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        kind = said.get("model_type")
-        what = f"the architecture {kind!r} is not one that this transformers knows" if isinstance(kind, str) else "it names no model_type"
+        if not isinstance(kind, str):
+            raise ValueError(f"{file}: it names no model_type") from None
+        what = f"its fields make no {kind}" if kind in CONFIG_MAPPING else f"the architecture {kind!r} is not one that this transformers knows"
         raise ValueError(f"{file}: {what} ({_line(error)})") from None
     heads = [str(name) for name in config.architectures or [] if re.search(r"For(?!CausalLM)[A-Z]", str(name))]
     if getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or heads:
-        raise ValueError(f"{file}: {(heads or config.architectures or [config.model_type])[0]} is no causal language model, one that continues its own text")
+        what = (heads or config.architectures or [config.model_type])[0]
+        raise ValueError(f"{file}: {what} is no causal language model, one that continues its own text")
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{file}: this checkpoint is quantized already, by another library; load the model as it was before")
     return config
@@ -131,16 +133,17 @@ def _config(folder: Path):
 
 def _stored(folder: Path) -> dict[str, Stored]:
     """Every tensor of the checkpoint. Only the files' headers are read."""
-    index = folder / INDEX
+    index, table = folder / INDEX, {}
     if (folder / WEIGHTS).exists():
         files = [folder / WEIGHTS]
     elif index.exists():
-        files = [folder / name for name in _shards(index)]
+        table = _table(index)
+        files = [folder / name for name in dict.fromkeys(table.values())]
     else:
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         if pickles:
-            raise ValueError(f"{folder} holds {pickles[0]}, a pickle, which could run code, and no {WEIGHTS}. If you trust it, load it with transformers and "
-                             "save it again: save_pretrained writes safetensors")
+            raise ValueError(f"{folder} holds {pickles[0]}, a pickle, which could run code, and no {WEIGHTS}. If you trust it, load it with "
+                             "transformers and save it again: save_pretrained writes safetensors")
         raise ValueError(f"{folder} holds no weights: neither {WEIGHTS} nor {INDEX}")
     found = {}
     for file in files:
@@ -156,19 +159,18 @@ def _stored(folder: Path) -> dict[str, Stored]:
             raise ValueError(f"{file}: no such file, and {INDEX} names it: a shard is missing") from None
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: damaged or cut short ({_line(error)})") from None
-    if len(files) > 1 or files[0].name != WEIGHTS:
-        for name, shard in _read_json(index)["weight_map"].items():
-            if name not in found:
-                raise ValueError(f"{folder / shard}: the tensor {name} is missing, and {INDEX} says that it is there")
+    for name, shard in table.items():
+        if name not in found:
+            raise ValueError(f"{folder / shard}: the tensor {name} is missing, and {INDEX} says that it is there")
     return found
 
 
-def _shards(index: Path) -> list[str]:
-    """The names of the files, each once."""
+def _table(index: Path) -> dict[str, str]:
+    """Which file holds which tensor."""
     table = _read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) and Path(name).name == name for name in table.values()):
         raise ValueError(f"{index}: its weight_map does not say which file holds which tensor")
-    return list(dict.fromkeys(table.values()))
+    return table
 
 
 def _read_json(file: Path) -> dict:
@@ -203,7 +205,8 @@ def _skeleton(folder: Path, config, name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def _places(model: nn.Module, stored: dict[str, Stored]) -> dict[str, str] | None:
-    """The model's name for each tensor of the checkpoint: often the same, or without "transformer.". None where transformers makes tensors of several."""
+    """The model's name for each tensor of the checkpoint: often the same, or without "transformer.". None where transformers does more to
+    them than rename."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -213,7 +216,7 @@ def _places(model: nn.Module, stored: dict[str, Stored]) -> dict[str, str] | Non
     rules, prefix, expected, places = get_model_conversion_mapping(model), model.base_model_prefix, model.state_dict(), {}
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    if len(renamings) + len(converters) < len(rules) or model._get_dtype_plan(model.dtype):       # it keeps a few layers in float32 beside 16-bit ones
+    if len(renamings) + len(converters) < len(rules) or _keeps_some_wide(model):
         return None
     for name in stored:
         place, converter = rename_source_key(name, renamings, converters, prefix, expected)
@@ -225,11 +228,17 @@ def _places(model: nn.Module, stored: dict[str, Stored]) -> dict[str, str] | Non
     return places
 
 
+def _keeps_some_wide(model: nn.Module) -> bool:
+    """Whether some layers stay in float32 where the others have 16 bits."""
+    fields = {torch.float16: ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"), torch.bfloat16: ("_keep_in_fp32_modules_strict",)}
+    return any(getattr(model, field, None) for field in fields.get(model.dtype, ()))
+
+
 def _compare(folder: Path, model: nn.Module, stored: dict[str, Stored], places: dict[str, str]) -> set[str]:
     """Which of the model's tensors the checkpoint does not hold, and need not. Raises ValueError where it lacks one, or has another, or another shape."""
-    expected, there = model.state_dict(), set(places.values())
+    expected, there, buffers = model.state_dict(), set(places.values()), [name for name, _ in model.named_buffers()]
     ignored = list(model._keys_to_ignore_on_load_unexpected or [])
-    ignored += [rf"(^|\.){buffer}$" for buffer in ("rotary_emb.inv_freq", "position_ids") if any(name.endswith(buffer) for name, _ in model.named_buffers())]
+    ignored += [rf"(^|\.){end}$" for end in ("rotary_emb.inv_freq", "position_ids") if any(name.endswith(end) for name in buffers)]
     missing, tied = expected.keys() - there, model.all_tied_weights_keys
     for other, first in tied.items():
         if there & {first, *(name for name, source in tied.items() if source == first)}:
