@@ -19,9 +19,12 @@ from minilora.safety.targets import find_targets
 
 
 class ByteBase:
-    rows, tokens_per_byte, about = 16, 1.0, {}
+    """rows: windows in a batch.     tokens_per_byte: training's nats are per token.     about: what goes on record beside the settings."""
+
+    rows, tokens_per_byte = 16, 1.0
 
     def __init__(self, args: argparse.Namespace):
+        self.about: dict = {}
         content = data.read(args.text) if args.text else b""          # once: a pipe has nothing to say twice
         self.task = data.split_text(content, data.printed(args.text)) if args.text else data.TASKS[args.task]()
         self.model = on_best_device(byte_base(args.base))
@@ -31,7 +34,7 @@ class ByteBase:
         self.name, self.opening = self.task.name, f"{self.task.name}: {self.windows.numel():,} bytes held out{seen}"
 
     def refuse(self, method: ml.Method, targets: list[str] | None) -> None:
-        """Whatever the method or the targets refuse."""
+        """Whatever adapt will refuse, before anything is written."""
         ml.adapt(copy.deepcopy(self.model), method, targets)
 
     def rate(self, method: str) -> float:
@@ -62,7 +65,9 @@ class ByteBase:
 
 
 class RealBase:
-    rows = 4
+    """The same of a transformers model. qlora's is put in four bits while it is read; loftq and qpissa choose their four bits by the dense W."""
+
+    rows = 4                                                          # of 256 tokens each, and their logits are as wide as the vocabulary
 
     def __init__(self, args: argparse.Namespace):
         from minilora.scale.loading import load_model, load_tokenizer
@@ -70,11 +75,11 @@ class RealBase:
 
         if args.task:
             raise ValueError(f"--task {args.task} is made for the shipped base, which reads bytes; with --model give --text FILE")
-        content = data.read(args.text)
-        tokenizer = load_tokenizer(args.model)
+        content, tokenizer = data.read(args.text), load_tokenizer(args.model)
+        self.text = token_text(content, data.printed(args.text), tokenizer)
         wide = torch.float32 if args.method == "full" else None       # in 16 bits most of Adam's steps would be lost
         self.model = load_model(args.model, four_bits=args.method == "qlora", dtype=wide, device=best_device())
-        self.speaker, self.text = Speaker(self.model, tokenizer), token_text(content, data.printed(args.text), tokenizer)
+        self.speaker = Speaker(self.model, tokenizer)
         symbols, most = self.model.get_input_embeddings().num_embeddings, max(int(part.max()) for part in (self.text.train, self.text.rest))
         if most >= symbols:
             raise ValueError(f"{args.model}: its tokenizer gives the token {most}, and the model knows {symbols}: they do not belong together")
@@ -87,7 +92,7 @@ class RealBase:
         self.about = {"model": args.model, "context": self.context, "tokens_per_byte": self.tokens_per_byte}
 
     def refuse(self, method: ml.Method, targets: list[str] | None) -> None:
-        """What can be refused without a second model."""
+        """The same, as far as it can be told without a second model."""
         if method.trains_base:
             if targets:
                 raise ValueError(f"{type(method).__name__} trains every weight of the model: it takes no targets")
