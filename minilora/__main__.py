@@ -1,9 +1,9 @@
 """python -m minilora: fine-tune the tiny GPT on a text of your own, let it speak, merge what it learned.
 
-    finetune   --text FILE | --task voice|facts|sums   [--method lora --rank 8 --steps 200 --out DIR …]
+    finetune   --text FILE | --task voice|facts|sums   [--method lora --rank 8 --steps 200 --out DIR …]     --model FOLDER|NAME: a real one
                methods: full lora lora-plus lora-fa vera delta-lora lora-drop adalora rslora dora pissa qlora loftq qpissa
-    generate   [--adapter DIR] --prompt TEXT
-    merge      --adapter DIR --out FILE
+    generate   [--model FOLDER|NAME] [--adapter DIR] --prompt TEXT
+    merge      [--model FOLDER|NAME] --adapter DIR --out FILE|FOLDER
     compare    [--quick] [--text FILE | --task voice,facts,sums] --out DIR      every method, a table and two pictures
     claims     [--results FILE]                        the papers' headlines, judged by what compare measured
     capacity   --out DIR                               facts remembered against rank; AdaLoRA's ranks as a film

@@ -320,7 +320,7 @@ def split_text(content: bytes, name: str, seeded_by: str = "text") -> Task:
 
     Its name seeds nothing: equal bytes give equal numbers, whatever the file is called.
     """
-    train, rest = _split(content)
+    train, rest = nine_tenths(content)
 
     def train_window(rng: Random, size: int) -> bytes:
         start = rng.randrange(_at_least(len(train), size, "to train on") - size + 1)
@@ -337,7 +337,8 @@ def split_text(content: bytes, name: str, seeded_by: str = "text") -> Task:
                 fingerprint=hashlib.sha256(content).hexdigest(), seeded_by=seeded_by)
 
 
-def _split(content: bytes) -> tuple[bytes, bytes]:
+def nine_tenths(content: bytes) -> tuple[bytes, bytes]:
+    """What a text trains on, and what of it is held out."""
     cut = len(content) * 9 // 10
     while content[cut] & 0xC0 == 0x80:           # not inside a character
         cut += 1
@@ -347,13 +348,13 @@ def _split(content: bytes) -> tuple[bytes, bytes]:
 SNIPPET = 32
 
 
-def overlap(task: Task, content: bytes) -> float:
+def overlap(content: bytes) -> float:
     """The share of a text's held-out snippets of 32 bytes (at most 256 tried) that stand word for word in its training part.
 
     Wherever a snippet stands, three 8-byte words of the text lie whole in it, the first at one of the snippet's first eight bytes. So one
     pass over the words' hashes shows where to look.
     """
-    train, rest = _split(content)
+    train, rest = nine_tenths(content)
     snippets = [rest[i:i + SNIPPET] for i in range(0, len(rest) - SNIPPET + 1, max(SNIPPET, len(rest) // 256))]
     missing = {*snippets}
     for looked, (snippet, place) in enumerate(_likely_places(train, {*snippets})):

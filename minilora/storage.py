@@ -91,6 +91,11 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False, 
     return model if trainable else model.eval()
 
 
+def method_name(folder: str | Path) -> str:
+    """The name of the method that an adapter's folder was saved with, "" where PEFT has made it. Raises ValueError as load_adapter does."""
+    return _read_tensors(_files(Path(folder))[1])[1].get("method", "")
+
+
 def base_fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
     """SHA-256 of the base's names, shapes and bits, as the plain model's; adapters and wrappers do not count, nor the tensors named in `without`."""
     with unwrapped(model) as plain:
@@ -253,7 +258,7 @@ def _named(method: Method) -> dict:
 def _config(plain: nn.Module, layers: dict[str, Adapter], extra: dict, projection: bool) -> dict:
     """adapter_config.json. extra: PEFT's fields for what is saved beside the adapters."""
     form = _first_form(layers)
-    shell = {"peft_type": form.peft_type, "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
+    shell = {"peft_type": form.peft_type, "task_type": None, "base_model_name_or_path": getattr(plain, "name_or_path", None) or None, "inference_mode": True,
              "bias": extra.get("bias", "none"), "modules_to_save": extra.get("modules_to_save"),
              "fan_in_fan_out": any(stands_for_conv1d(layer.base) for layer in layers.values())}
     return shell | {"target_modules": configuration.targets(plain, layers)} | form.config(layers, projection)

@@ -321,6 +321,15 @@ def test_accumulate_and_clip_are_used_and_belong_to_the_run(finetune, monkeypatc
     assert json.loads((folder / "history.json").read_text())["clip"] == 0.05
 
 
+def test_rows_and_context_are_used(finetune, tmp_path):
+    plain = json.loads((finetune("--steps", "1", out=tmp_path / "plain")[3] / "history.json").read_text())
+    for flags in (["--rows", "3"], ["--context", "32"]):
+        other = json.loads((finetune("--steps", "1", *flags, out=tmp_path / flags[0])[3] / "history.json").read_text())
+        assert other["loss"] != plain["loss"] and (other["evaluated"][0] != plain["evaluated"][0]) == (flags[0] == "--context")
+    code, _, err, _ = finetune("--context", "65", out=tmp_path / "wide")
+    assert code == 2 and err == "minilora: --context 65: this model reads at most 64\n" and not (tmp_path / "wide").exists()
+
+
 def test_a_text_cut_inside_its_last_character_is_said_in_one_line(finetune, tmp_path):
     (tmp_path / "cut.txt").write_bytes(("子曰：学而时习之。\n" * 100 + "子").encode()[:-1])
     code, _, err, _ = finetune("--steps", "1", source=("--text", str(tmp_path / "cut.txt")))

@@ -6,36 +6,49 @@ from pathlib import Path
 import minilora as ml
 from minilora import storage
 from minilora.commands.arguments import not_negative, whole
-from minilora.commands.models import base_argument, load, on_best_device
+from minilora.commands.models import REAL, base_or_model, load, real_model
 
 
 def add(commands) -> None:
     generate = commands.add_parser("generate", help="continue a prompt")
     generate.add_argument("--prompt", default="", help="how the text begins (default: a new document)")
     generate.add_argument("--adapter", type=Path, metavar="DIR", help="what finetune wrote")
-    generate.add_argument("--max-new", type=whole(1), default=200, metavar="BYTES")
+    generate.add_argument("--max-new", type=whole(1), default=200, metavar="N", help="bytes, with --model tokens (default: 200)")
     generate.add_argument("--temperature", type=not_negative, default=0.7)
     generate.add_argument("--seed", type=whole(0), default=None)
     generate.set_defaults(run=run_generate)
-    base_argument(generate)
+    base_or_model(generate)
 
-    merge = commands.add_parser("merge", help="fold an adapter into a model file of its own")
+    merge = commands.add_parser("merge", help="fold an adapter into a model of its own")
     merge.add_argument("--adapter", type=Path, required=True, metavar="DIR")
-    merge.add_argument("--out", type=Path, required=True, metavar="FILE")
-    merge.add_argument("--force", action="store_true", help="replace FILE")
+    merge.add_argument("--out", type=Path, required=True, metavar="FILE", help="of a --model a folder, as transformers reads it")
+    merge.add_argument("--force", action="store_true", help="replace what is there")
     merge.set_defaults(run=run_merge)
-    base_argument(merge)
+    base_or_model(merge)
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    model = on_best_device(load(args))
-    print(model.generate(args.prompt, args.max_new, args.temperature, args.seed))
+    print(load(args).generate(args.prompt, args.max_new, args.temperature, args.seed))
     return 0
 
 
 def run_merge(args: argparse.Namespace) -> int:
     if args.out.exists() and not args.force:
         raise ValueError(f"{args.out} exists already; --force replaces it")
+    if args.model:
+        return merge_real(args)
     storage.save_model(ml.merge(ml.load_adapter(ml.load_base(args.base), args.adapter)), args.out)
     print(f"{args.out}: a model of its own; speak with it by `generate --base {args.out}`")
+    return 0
+
+
+def merge_real(args: argparse.Namespace) -> int:
+    from minilora.scale.saving import refuse_other_things, save_folder
+
+    refuse_other_things(args.out)
+    if (args.adapter / REAL).is_dir():
+        raise ValueError(f"{args.adapter} holds a whole model, fully fine-tuned, and no adapter: `generate --model {args.adapter / REAL}` speaks with it")
+    speaker = real_model(args, device="cpu")
+    save_folder(ml.merge(speaker.model), speaker.tokenizer, args.out)
+    print(f"{args.out}: a model of its own; speak with it by `generate --model {args.out}`")
     return 0

@@ -1,21 +1,49 @@
-"""Which model a command works on: a base that reads bytes, with an adapter or without, on the fastest device there is."""
+"""Which model a command works on, on the fastest device there is: a base that reads bytes, or a real one that reads its own tokens."""
 
 import argparse
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import minilora as ml
+from minilora import storage
 
-MODEL = "model.safetensors"                              # in a run's folder: the whole model that full fine-tuning left
+MODEL = "model.safetensors"                              # in a run's folder: the whole model that full fine-tuning left; of a real one a folder
+REAL = "model"
 
 
-def load(args: argparse.Namespace) -> ml.TinyGPT:
-    """The base, with the adapter if one is named; or the whole model that full fine-tuning left in that folder."""
+def base_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", type=Path, metavar="FILE", help="another base than the shipped one")
+
+
+def base_or_model(parser: argparse.ArgumentParser) -> None:
+    either = parser.add_mutually_exclusive_group()
+    base_argument(either)
+    either.add_argument("--model", metavar="FOLDER|NAME", help="a transformers model instead: its folder, or its name on the hub")
+
+
+def load(args: argparse.Namespace):
+    """What speaks: the model, with the adapter if one is named; or the whole model that full fine-tuning left in that folder."""
+    if args.model:
+        return real_model(args)
     if args.adapter and (args.adapter / MODEL).exists():
-        return byte_base(args.adapter / MODEL)
+        return on_best_device(byte_base(args.adapter / MODEL))
     model = byte_base(args.base)
-    return ml.load_adapter(model, args.adapter) if args.adapter else model
+    return on_best_device(ml.load_adapter(model, args.adapter) if args.adapter else model)
+
+
+def real_model(args: argparse.Namespace, device: torch.device | str | None = None):
+    """A Speaker: the model in four bits where its adapter was trained beside four bits, and its tokenizer."""
+    from minilora.scale.loading import load_model, load_tokenizer
+    from minilora.scale.text import Speaker
+
+    source, adapter = args.model, args.adapter
+    if adapter and (adapter / REAL).is_dir():
+        source, adapter = adapter / REAL, None
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, four_bits=bool(adapter) and storage.method_name(adapter) == "QLoRA", device=device or best_device())
+    return Speaker(ml.load_adapter(model, adapter) if adapter else model, tokenizer)
 
 
 def byte_base(path: Path | None) -> ml.TinyGPT:
@@ -25,10 +53,9 @@ def byte_base(path: Path | None) -> ml.TinyGPT:
     return model
 
 
-def on_best_device(model: ml.TinyGPT) -> ml.TinyGPT:
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return model.to(best)
+def best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def base_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", type=Path, metavar="FILE", help="another base than the shipped one")
+def on_best_device(model: nn.Module) -> nn.Module:
+    return model.to(best_device())
