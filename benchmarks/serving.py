@@ -108,8 +108,8 @@ def main() -> None:
             for way in runs:
                 shares = sorted(turn["base"] / turn[way] for turn in took)
                 rate = given.batch / statistics.median(turn[way] for turn in took)
-                print(f"{title:>10} {count:>8} {way:>11} | {rate:>10.1f} | {f'{statistics.median(shares):.3f} ({shares[0]:.3f} to {shares[-1]:.3f})':>24} | "
-                      f"{held[way]:>14,}", flush=True)
+                share = f"{statistics.median(shares):.3f} ({shares[0]:.3f} to {shares[-1]:.3f})"
+                print(f"{title:>10} {count:>8} {way:>11} | {rate:>10.1f} | {share:>24} | {held[way]:>14,}", flush=True)
 
 
 if __name__ == "__main__":

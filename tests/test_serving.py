@@ -90,7 +90,8 @@ def folders(tmp_path_factory):
 def pair(tmp_path):
     """gpt(), and two folders on it: of rank 2 on q_proj and of rank 3 on q_proj and up_proj."""
     base = gpt()
-    return base, {"fr": save(tmp_path / "fr", base, ml.LoRA(2, alpha=3), ["q_proj"]), "de": save(tmp_path / "de", base, ml.LoRA(3), ["q_proj", "up_proj"], seed=1)}
+    return base, {"fr": save(tmp_path / "fr", base, ml.LoRA(2, alpha=3), ["q_proj"]),
+                  "de": save(tmp_path / "de", base, ml.LoRA(3), ["q_proj", "up_proj"], seed=1)}
 
 
 def ids(count, seed=1):
@@ -143,7 +144,8 @@ def test_on_a_base_in_four_bits(tmp_path, double):
     dense = gpt(torch.float32)
     base = ml.quantize(copy.deepcopy(dense), USUAL, double=double)
     there = {"QLoRA": save(tmp_path / "q", dense, ml.QLoRA(3, double=double)), "base": None}
-    there |= {name: save(tmp_path / name, base, METHODS[name], USUAL, name, seed) for seed, name in enumerate(("LoRA", "VeRA", "AdaLoRA", "DoRA", "PiSSA"))}
+    for seed, name in enumerate(("LoRA", "VeRA", "AdaLoRA", "DoRA", "PiSSA")):
+        there[name] = save(tmp_path / name, base, METHODS[name], USUAL, name, seed)
     model, x = serve(copy.deepcopy(base), there), ids(len(there))
     with rows(model, list(there)):
         said = model(x)
@@ -284,7 +286,8 @@ def test_add_and_remove_while_it_serves(pair, tmp_path):
     seen = []
     model.blocks[1].attention.q_proj.register_forward_hook(lambda *_: seen.append(1))
     assert add(add(model, "it", there["it"]), "de", there["de"]) is model
-    assert list(dict(ml.adapters(model))) == layers and not any(p.requires_grad for p in model.parameters()) and not any(m.training for m in model.modules())
+    assert list(dict(ml.adapters(model))) == layers
+    assert not any(p.requires_grad for p in model.parameters()) and not any(module.training for module in model.modules())
     with rows(model, names):
         assert torch.allclose(model(x), wanted, rtol=0, atol=1e-12)
     assert seen == [1]                                                                # a hook belongs to the place
@@ -367,6 +370,8 @@ def test_beams_are_copies_of_their_row(pair):
     with rows(model, ["fr", "fr", None, None, "de", "de"]):
         assert torch.equal(twice, model(x.repeat_interleave(2, dim=0)))
     assert torch.allclose(twice[::2], once, rtol=0, atol=1e-12) and torch.allclose(twice[1::2], once, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="beams must be a whole number of at least 1"), rows(model, ["fr"], beams=0):
+        pass
     with rows(model, ["fr", None], beams=3), pytest.raises(ValueError, match="names the adapters of 2 or 6 rows, and a layer is given 3"):
         model(x)
 
@@ -385,7 +390,7 @@ def test_an_inner_block_counts_until_it_ends(pair):
 
 @pytest.mark.parametrize("names, count, match", [
     (["fr", "es"], 2, "no adapter 'es' is served; there are fr, de, and None for the base"),
-    (["fr", 0.5], 2, "no adapter 0.5 is served"),
+    (["fr", 0], 2, "no adapter 0 is served"),
     (["fr", "de"], 3, "names the adapters of 2 rows, and a layer is given 3: name one for each row of the batch, and say beams"),
     (["fr", "de"], 1, "of 2 rows, and a layer is given 1"),
     ([None, None], 4, "of 2 rows, and a layer is given 4"),
@@ -420,8 +425,9 @@ def test_another_base_is_refused_with_the_whole_batch(pair, tmp_path):
     refused(base, there, "made for another base")
 
 
-@pytest.mark.parametrize("method, match", [(ml.LoftQ(2), "LoftQ puts blocks.0.attention.q_proj in four bits of its own, .* a model of its own"),
-                                           (ml.QPiSSA(2), "QPiSSA puts .* a model of its own"), (ml.QLoRA(2), r"QLoRA puts .*this model's; quantize\(model\) gives")])
+@pytest.mark.parametrize("method, match", [
+    (ml.LoftQ(2), "LoftQ puts blocks.0.attention.q_proj in four bits of its own, .* a model of its own"),
+    (ml.QPiSSA(2), "QPiSSA puts .* a model of its own"), (ml.QLoRA(2), r"QLoRA puts .*this model's; quantize\(model\) gives")])
 def test_a_base_of_its_own_is_refused(tmp_path, method, match):
     base = gpt(torch.float32)
     refused(base, {"it": save(tmp_path / "it", base, method)}, match)
@@ -438,8 +444,8 @@ def test_what_is_trained_beside_is_refused(tmp_path, beside):
 
 
 @pytest.mark.parametrize("folders, match", [
-    ({}, "no adapter to serve is left"), ({"base": None, "too": ""}, r"\(base, too is the base itself\)"), ({"": None}, "must be a text that is not empty, got ''"),
-    ({None: None}, "must be a text .* got None"), ({"fr": "nowhere"}, "nowhere"),
+    ({}, "no adapter to serve but the base itself: "), ({"base": None, "too": ""}, r"but the base itself \(base, too\)"),
+    ({"": None}, "must be a text that is not empty, got ''"), ({None: None}, "must be a text .* got None"), ({"fr": "nowhere"}, "nowhere"),
 ])
 def test_no_adapter_is_no_serving(folders, match):
     refused(gpt(), folders, match)
@@ -449,12 +455,15 @@ def test_an_adapted_and_a_served_model(pair):
     base, there = pair
     refused(ml.adapt(copy.deepcopy(base), ml.LoRA(2)), there, "adapted already: unload")
     model = serve(copy.deepcopy(base), there)
-    for verb, match in [(lambda: serve(model, there), r"serves adapters already: add\(\)"), (lambda: add(model, "fr", there["fr"]), r"'fr' is served already: remove"),
-                        (lambda: add(model, "", None), "not empty"), (lambda: add(model, "it", "nowhere"), "nowhere"), (lambda: remove(model, "it"), "no adapter 'it' is served; there are fr, de"),
-                        (lambda: remove(remove(copy.deepcopy(model), "fr"), "de"), r"no adapter to serve is left .*unload\(\)"),
-                        (lambda: ml.merge(model), "fr, de are served here together"), (lambda: ml.save_adapter(model, "never"), "Serving has no form on disk"),
-                        (lambda: ml.adapt(model, ml.LoRA(2)), "adapted already"), (lambda: ml.load_adapter(model, there["fr"]), "adapted already"),
-                        (lambda: ml.quantize(model), "adapted already")]:
+    for verb, match in [
+        (lambda: serve(model, there), r"serves adapters already: add\(\)"), (lambda: add(model, "fr", there["fr"]), r"'fr' is served already: remove"),
+        (lambda: add(model, "", None), "not empty"), (lambda: add(model, "it", "nowhere"), "nowhere"),
+        (lambda: remove(model, "it"), "no adapter 'it' is served; there are fr, de"),
+        (lambda: remove(remove(copy.deepcopy(model), "fr"), "de"), r"no adapter to serve but the base itself: .*unload\(\)"),
+        (lambda: ml.merge(model), "fr, de are served here together"), (lambda: ml.save_adapter(model, "never"), "Serving has no form on disk"),
+        (lambda: ml.adapt(model, ml.LoRA(2)), "adapted already"), (lambda: ml.load_adapter(model, there["fr"]), "adapted already"),
+        (lambda: ml.quantize(model), "adapted already"),
+    ]:
         before = bits(model)
         with pytest.raises(ValueError, match=match):
             verb()

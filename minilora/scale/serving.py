@@ -7,15 +7,15 @@
         logits = model(ids)                                # ids: (3, T)
     unload(model)                                          # the base is back, bit for bit
 
-The product with W, nearly all of the work, is one for the whole batch. A layer holds the factors of all its adapters in two stacks, and its
+The product with W, most of the work, is one for the whole batch. A layer holds the factors of all its adapters in two stacks, and its
 forward gathers each row's and multiplies them row by row in two batched products: no loop over adapters, no sorting of rows, W untouched. A base
-row's factors are zeros, and so is what a narrower adapter lacks.
+row's factors are zeros, and so is what a narrower adapter lacks: the widest sets what every row costs.
 
 Every additive method is such a pair, however it was trained (Adapter.factors()): s is inside B. VeRA's pair is written out for each layer, so that
 it costs what a LoRA of its rank does. DoRA's g is gathered too: g_k ⊙ (the sum above, without b) + b.
 
-What a row gets does not depend on the other rows' adapters, not in one bit. Beside load_adapter's layer it is the same up to rounding: there s comes last, and
-one product takes all rows together; products of other shapes may add up in other orders.
+What a row gets does not depend on the other rows' adapters, not in one bit. Beside load_adapter's layer it is the same up to rounding: there s
+comes last, and one product takes all rows together; products of other shapes may add up in other orders.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minilora import checks
 from minilora.adapter import Adapter, Method, adapters, install, put, unwrapped, without_adapters
 from minilora.safety.conv1d import linear_layers, original
 from minilora.storage import read_adapter
@@ -86,8 +87,8 @@ class ServedLinear(Adapter):
         if not self.turn:
             raise ValueError(f"this model serves {_listed(self.method.names)}: say which for each row, with rows(model, [...])")
         if count not in self.turn:
-            raise ValueError(f"rows() names the adapters of {' or '.join(map(str, self.turn))} rows, and a layer is given {count}: name one for each row of "
-                             "the batch, and say beams=... where each of them is repeated")
+            raise ValueError(f"rows() names the adapters of {' or '.join(map(str, self.turn))} rows, and a layer is given {count}: "
+                             "name one for each row of the batch, and say beams=... where each of them is repeated")
         return self.turn[count]
 
     def parts(self) -> dict[str, Part]:
@@ -126,11 +127,13 @@ def rows(model: nn.Module, names: Sequence[str | None], beams: int = 1) -> Itera
 
     beams: how often generate() repeats each row, one copy after the other, as beam search and num_return_sequences do; batches of both
     sizes are then understood, and a row's copies use the row's adapter. One block at a time for a model; an inner one counts until it ends.
-    Raises ValueError where a name is unknown, and from the model's forward where the batch has another number of rows.
+
+    Raises ValueError where a name is unknown, and from the model's forward where a batch has another number of rows, or none were named at all.
     """
+    checks.whole("beams", beams, 1)
     names, layers = [names] if isinstance(names, str) else list(names), _served(model)
     for name in names:
-        if name and name not in layers[0].method.names:
+        if name not in (None, "", *layers[0].method.names):
             raise ValueError(f"no adapter {name!r} is served; there are {_listed(layers[0].method.names)}, and None for the base")
     before, turns = [layer.turn for layer in layers], {}
     try:
@@ -195,7 +198,8 @@ def _stacked(plain: nn.Module, held: dict[str, dict[str, Part]]) -> dict[str, Se
         if parts:
             wrapped[at] = ServedLinear(base, tuple(held), parts)
     if not wrapped:
-        raise ValueError(f"no adapter to serve is left ({_listed(held) or 'no name'} is the base itself): the plain model is that, which unload() gives back")
+        names = f" ({_listed(held)})" if held else ""
+        raise ValueError(f"no adapter to serve but the base itself{names}: that is the plain model, which unload() gives back")
     return wrapped
 
 
