@@ -53,7 +53,6 @@ class ServedLinear(Adapter):
 
     def __init__(self, base: nn.Linear, names: tuple[str, ...], parts: dict[str, Part]):
         super().__init__(base, Serving(names))
-        self.watch.judged = True                                      # nothing here is trained
         self.slots = {name: slot for slot, name in enumerate(parts, start=1)}
         count, rank, some = 1 + len(parts), max(len(part.A) for part in parts.values()), next(iter(parts.values())).A
         self.register_buffer("A", some.new_zeros(count, rank, self.in_features))
@@ -208,8 +207,6 @@ def _replace(plain: nn.Module, held: dict[str, dict[str, Part]]) -> None:
     before, after = dict(adapters(plain)), _stacked(plain, held)
     for at in before.keys() | after.keys():
         put(plain, at, after[at].train(after[at].base.training) if at in after else before[at].base)
-        if at not in before:
-            after[at].base.requires_grad_(False)
 
 
 def _read(plain: nn.Module, name: str, folder: str | Path | None) -> dict[str, Part]:
