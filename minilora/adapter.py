@@ -23,7 +23,7 @@ from minilora.safety.watch import Watch, judge
 
 
 class Adapter(nn.Module):
-    """A frozen linear layer with something trainable beside it. A subclass adds parameters, forward and delta_weight."""
+    """A frozen linear layer with something trainable beside it. A subclass adds parameters, forward, and factors or delta_weight."""
 
     no_way_back: ClassVar[str] = ""        # why unload() cannot give the model back, where it cannot
 
@@ -36,9 +36,14 @@ class Adapter(nn.Module):
         self.visible = nn.Identity()
         self.visible.register_forward_hook(_never_called)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """left (out, k) and right (k, in): the layer computes x (W + left @ right)ᵀ + b."""
+        raise NotImplementedError
+
     def delta_weight(self) -> Tensor:
         """(out, in): what merging adds to W."""
-        raise NotImplementedError
+        left, right = self.factors()
+        return left @ right
 
     def missing_lines(self) -> set[str]:
         """The lines of a training loop that the method needs and this layer has not met."""

@@ -68,32 +68,39 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False, 
     """
     if trainable and isinstance(model, DistributedDataParallel):
         raise ValueError("DistributedDataParallel would not see the adapters' gradients: load_adapter first, then wrap the model")
-    config_file, weights_file = _files(Path(folder))
-    config = configuration.read(config_file)
-    tensors, about = _read_tensors(weights_file)
     with unwrapped(model) as plain:
-        linears = configuration.layers_meant(plain, config, config_file, peft_made=not about)
-        methods = _methods(config, about, linears, config_file, weights_file)
-        if about and about["layers"] != list(linears):
-            raise _mixed_up(config_file, about, "target_modules", list(linears), about["layers"])
-        with torch.random.fork_rng([]), torch.no_grad():     # the adapters' random starts are overwritten: spend no one's random numbers on them
-            wrapped = _fresh(methods, linears, config, about, tensors, config_file, weights_file)
-            places = configuration.places_beside(plain, linears, config)
-            if about:
-                _compare(plain, wrapped, config, about, places, any_base, config_file, weights_file)
-            values = _fill(plain, wrapped, places, config, about, tensors, weights_file)
+        wrapped, values, trained = read_adapter(plain, folder, any_base)
         if not trainable:
             for adapter in wrapped.values():
                 adapter.requires_grad_(False)
         install(plain, wrapped)
         with without_adapters(plain):
-            beside.replace(plain, values, about["beside"]["trained"] if about and values else values, trainable)
+            beside.replace(plain, values, trained, trainable)
     return model if trainable else model.eval()
 
 
 def method_name(folder: str | Path) -> str:
     """The name of the method that an adapter's folder was saved with, "" where PEFT has made it. Raises ValueError as load_adapter does."""
     return _read_tensors(_files(Path(folder))[1])[1].get("method", "")
+
+
+def read_adapter(plain: nn.Module, folder: str | Path, any_base: bool = False) -> tuple[dict[str, Adapter], dict[str, Tensor], Collection[str]]:
+    """The adapters in `folder` by the names of their layers, filled, each with this model's layer as its base, and not yet in their places; what is
+    to stand beside them, by its name in the model; and which names of that were trained. The model is only looked at. Raises as load_adapter does."""
+    config_file, weights_file = _files(Path(folder))
+    config = configuration.read(config_file)
+    tensors, about = _read_tensors(weights_file)
+    linears = configuration.layers_meant(plain, config, config_file, peft_made=not about)
+    methods = _methods(config, about, linears, config_file, weights_file)
+    if about and about["layers"] != list(linears):
+        raise _mixed_up(config_file, about, "target_modules", list(linears), about["layers"])
+    with torch.random.fork_rng([]), torch.no_grad():     # the adapters' random starts are overwritten: spend no one's random numbers on them
+        wrapped = _fresh(methods, linears, config, about, tensors, config_file, weights_file)
+        places = configuration.places_beside(plain, linears, config)
+        if about:
+            _compare(plain, wrapped, config, about, places, any_base, config_file, weights_file)
+        values = _fill(plain, wrapped, places, config, about, tensors, weights_file)
+    return wrapped, values, about["beside"]["trained"] if about and values else values
 
 
 def base_fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:

@@ -163,9 +163,9 @@ class AdaLoRALinear(Adapter):
         z = F.linear(self.dropout(x), (self.lam[:, None] * self.Q).to(x.dtype))       # (..., in) -> (..., r)
         return add_product(y, z, self.P, self.scale)                                  # y + s · z Pᵀ
 
-    def delta_weight(self) -> Tensor:
-        """(out, in): what merging adds to W."""
-        return self.scale * (self.P * self.lam) @ self.Q
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(out, r) and (r, in): merging adds their product to W."""
+        return self.scale * (self.P * self.lam), self.Q
 
     @property
     def kept(self) -> Tensor:

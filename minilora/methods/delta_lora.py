@@ -82,8 +82,7 @@ class DeltaLoRALinear(LoRALinear):
         B = torch.cat([self.B.detach(), -self.B_K], dim=1) * self.started             # (out, 2 rank), zero before step K
         return add_product(y, F.linear(x, A), B, self.method.delta_ratio * self.scale)
 
-    def delta_weight(self) -> Tensor:
-        """(out, in): what merging adds to W."""
-        BA = self.B @ self.A
-        moved = self.started * (BA - self.B_K @ self.A_K)
-        return self.scale * (BA + self.method.delta_ratio * moved)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(out, 2 rank) and (2 rank, in): merging adds their product to W, s · [(1 + λ) B, −λ B_K] [A; A_K]."""
+        ratio = self.method.delta_ratio * self.started.to(self.B.dtype)               # 0 before step K
+        return self.scale * torch.cat([(1 + ratio) * self.B, -ratio * self.B_K], dim=1), torch.cat([self.A, self.A_K])

@@ -58,12 +58,20 @@ class DoRALinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)                                                              # (..., in) -> (..., out), bias and all
-        g = (self.magnitude / self.row_norms()).to(y.dtype)                           # (out)
+        g = self.stretch().to(y.dtype)                                                # (out)
         z = F.linear(self.dropout(x), self.A.to(x.dtype))                             # (..., in) -> (..., rank)
         v = add_product(y, z, self.B, self.scale)                                     # x (W + s · B A)ᵀ + bias
         return g * v if self.bias is None else torch.addcmul((1 - g) * self.bias.to(y.dtype), g, v)
 
+    def stretch(self) -> Tensor:
+        """(out): g = m / n."""
+        return self.magnitude / self.row_norms()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Of s · B A alone; g then stretches the rows of W + s · B A."""
+        return super().factors()
+
     def delta_weight(self) -> Tensor:
         """(out, in): what merging adds to W."""
-        g = (self.magnitude / self.row_norms())[:, None]
-        return (g - 1) * self.base.weight + g * self.scale * (self.B @ self.A)
+        g = self.stretch()[:, None]
+        return (g - 1) * self.base.weight + g * super().delta_weight()

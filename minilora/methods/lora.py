@@ -66,9 +66,9 @@ class LoRALinear(Adapter):
         z = F.linear(self.dropout(x), self.A.to(x.dtype))             # (..., in) -> (..., rank)
         return add_product(y, z, self.B, self.scale)                  # y + s · z Bᵀ
 
-    def delta_weight(self) -> Tensor:
-        """(out, in): what merging adds to W."""
-        return self.scale * self.B @ self.A
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(out, rank) and (rank, in): merging adds their product to W."""
+        return self.scale * self.B, self.A
 
 
 def too_thin(rank: int, linear: nn.Linear) -> str:

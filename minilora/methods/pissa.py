@@ -61,9 +61,9 @@ class PiSSALinear(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         return AddUpdate.apply(self.base(x), self.dropout(x), self.A, self.B, self.A_0, self.B_0, self.scale)
 
-    def delta_weight(self) -> Tensor:
-        """(out, in): what merging adds to W."""
-        return self.scale * (self.B @ (self.A - self.A_0) + (self.B - self.B_0) @ self.A_0)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(out, 2 rank) and (2 rank, in): merging adds their product to W."""
+        return self.scale * torch.cat([self.B, self.B - self.B_0], dim=1), torch.cat([self.A - self.A_0, self.A_0])
 
 
 class AddUpdate(torch.autograd.Function):

@@ -72,7 +72,7 @@ class VeRALinear(Adapter):
         v, y = F.linear(z, B), self.base(x)                           # (..., rank) -> (..., out)
         return torch.addcmul(y, self.b.to(y.dtype), v)                # base(x) + b ⊙ v in one pass
 
-    def delta_weight(self) -> Tensor:
-        """(out, in): what merging adds to W, diag(b) B diag(d) A."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(out, rank) and (rank, in): merging adds their product to W, diag(b) B diag(d) A."""
         A, B = self.A[:, : self.in_features], self.B[: self.out_features]
-        return (self.b[:, None] * B) @ (self.d[:, None] * A)
+        return self.b[:, None] * B, self.d[:, None] * A
