@@ -38,8 +38,8 @@ def tune(model, method=ml.LoRA(2), loss_fn=labels, x=IDS, **options):
         return ml.finetune(model, method, lambda step: (x, x), 2, 0.01, loss_fn=loss_fn, progress=False, **options)
 
 
-@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "GPT2DoubleHeadsModel", "GPT2ForSequenceClassification", "OpenAIGPTLMHeadModel", "ImageGPTForImageClassification",
-                                  "DecisionTransformerModel"])
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "GPT2DoubleHeadsModel", "GPT2ForSequenceClassification", "OpenAIGPTLMHeadModel",
+                                  "ImageGPTForImageClassification", "DecisionTransformerModel"])
 def test_conv1d_is_adapted_and_put_in_four_bits_and_the_head_is_not(name):
     """test_real_models_peft.py has the rest."""
     options = GPT2 if name != "DecisionTransformerModel" else dict(hidden_size=24, n_layer=2, n_head=3, max_ep_len=16)
