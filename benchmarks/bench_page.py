@@ -10,9 +10,9 @@ from pathlib import Path
 from minilora import plots, storage
 
 HERE = Path(__file__).parent
-NAMES = {"lora": "LoRA", "lora-dropout": "LoRA, dropout 0.1", "rslora": "rsLoRA", "lora-plus": "LoRA+", "lora-fa": "LoRA-FA", "lora-fa-projected": "LoRA-FA, projected",
-         "vera": "VeRA, rank 256", "adalora": "AdaLoRA, 12 to 8", "dora": "DoRA", "pissa": "PiSSA", "qlora": "QLoRA", "loftq": "LoftQ", "delta-lora": "Delta-LoRA",
-         "lora-drop": "LoRA-drop"}
+NAMES = {"lora": "LoRA", "lora-dropout": "LoRA, dropout 0.1", "rslora": "rsLoRA", "lora-plus": "LoRA+", "lora-fa": "LoRA-FA",
+         "lora-fa-projected": "LoRA-FA, projected", "vera": "VeRA, rank 256", "adalora": "AdaLoRA, 12 to 8", "dora": "DoRA", "pissa": "PiSSA",
+         "qlora": "QLoRA", "loftq": "LoftQ", "delta-lora": "Delta-LoRA", "lora-drop": "LoRA-drop"}
 NO_COUNTERPART = ("delta-lora", "lora-drop")
 BYTES = 128                                                # in a row of a batch
 
@@ -20,59 +20,89 @@ BYTES = 128                                                # in a row of a batch
 def page(content: dict) -> str:
     about, records = content["about"], content["records"]
     stages = {stage: [record for record in records if record["stage"] == stage] for stage in ("steps", "imports", "disk", "nf4", "growth")}
+    parts = [head(about, stages)] + [section(stages[stage]) for stage, section in SECTIONS.items() if stages[stage]] + [REST]
+    return "\n\n".join(parts) + "\n"
+
+
+def head(about: dict, stages: dict[str, list[dict]]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     return f"""# minilora beside PEFT and bitsandbytes
 
     make bench
     make bench OPTIONS="--only steps --methods dora,vera"
 
-It writes this page and its picture; every number here is from [bench.json](bench.json), which it writes too. Stopped, it goes on. A ratio is ours over theirs: **below 1
-we take less.** Times are CPU time of one thread: on a quiet machine that is the wall clock, and on a busy one the turns of other programs are not in it. The two take turns
-step by step, who goes first alternates, and each pair gives a ratio: written are the median and, in brackets, the middle half. {about['cores']} cores, of which one is used;
-{about['machine']}; {versions}. (bitsandbytes has faster 4-bit kernels for CPUs in a package of their own, `kernels`, which is not installed here.)
+It writes this page and its picture; every number here is from [bench.json](bench.json), which it writes too. Stopped, it goes on.
+A ratio is ours over theirs: **below 1 we take less.** Times are CPU time of one thread: on a quiet machine that is the wall clock, and on
+a busy one the turns of other programs are not in it. The two take turns step by step, who goes first alternates, and each pair gives a
+ratio: written are the median and, in brackets, the middle half.
+
+{about['cores']} cores, of which one is used; {about['machine']}; {versions}. (bitsandbytes has faster 4-bit kernels for CPUs in a
+package of their own, `kernels`, which is not installed here.)
 
 ## What was aimed at
 
-{aims(stages)}
+{aims(stages)}"""
 
-## A training step
 
-Forward, backward, optimizer, and what the method asks for beside them, on a TinyGPT all of whose blocks' linear layers are adapted. The larger the batch, the more of a step
-is the multiplication by W, which both must do; the smaller, the more is what each does for a layer. {depths(stages['steps'])}
+def steps_said(records: list[dict]) -> str:
+    return f"""## A training step
 
-{step_table(stages['steps'])}
+Forward, backward, optimizer, and what the method asks for beside them, on a TinyGPT all of whose blocks' linear layers are adapted. The
+larger the batch, the more of a step is the multiplication by W, which both must do; the smaller, the more is what each does for a layer.
+{depths(records)}
 
-{kinds_of_pairs()}
+{step_table(records)}
 
-![A dot and its middle half for each method, a panel for each width, the two batches in two colours; left of the line at 1 minilora takes less time than PEFT](bench.png)
+Rank 8 where nothing else is said. LoRA-FA is beside PEFT's LoRA with A frozen, and projected beside PEFT's `create_lorafa_optimizer`;
+LoRA+ beside its `create_loraplus_optimizer`. QLoRA and LoftQ are beside PEFT's LoRA on bitsandbytes' `Linear4bit`: PEFT's own LoftQ keeps
+a dense base on a CPU. AdaLoRA judges and cuts at every step on both sides. ¹ PEFT does not have it; it stands beside PEFT's LoRA, which
+does less.
 
-Kept alive for backward, by autograd's own count: {alive(stages['steps'])}.
+![A dot and its middle half for each method, a panel for each width, two batches in two colours; left of the line at 1 minilora takes less](bench.png)
 
-## Starting, saving, loading
+Kept alive for backward, by autograd's own count: {alive(records)}."""
 
-{imports_said(stages['imports'])}
 
-{disk_table(stages['disk'])}
+def imports_said(records: list[dict]) -> str:
+    said = [f"`import {record['package']}` takes {interval(record['ratio'])} times as long as `import {record['over']}`" for record in records]
+    return f"""## Starting
 
-Ours is flushed to the disk before it takes the place of what was there, so that a power failure leaves no half of a file; a load holds the folder against the base's
-fingerprint, which reads every weight of it, and against its own digest. PEFT does neither. The wall clock holds the waiting for the disk; CPU time does not.
+{'; '.join(said)}."""
 
-## Four bits
 
-{nf4_table(stages['nf4'])}
+def disk_said(records: list[dict]) -> str:
+    return f"""## Saving and loading
 
-## How a step grows
+{disk_table(records)}
 
-Time ~ size^slope, fitted over {spread(stages['growth'])}; one fit for each round in which all sizes take turns. Beside it the slope of the FLOPs that torch counts in
-forward and backward: where time grows slower than that, a part of it does not depend on the size; where it grows faster, something is done that is no product.
+Ours is flushed to the disk before it takes the place of what was there, so that a power failure leaves no half of a file; a load holds
+the folder against the base's fingerprint, which reads every weight of it, and against its own digest. PEFT does neither. The wall clock
+holds the waiting for the disk; CPU time does not."""
 
-{growth_table(stages['growth'])}
 
-## What else is here
+def nf4_said(records: list[dict]) -> str:
+    return f"""## Four bits
 
-- [fight.py](fight.py) runs the comparison of [what was measured](../lessons/results.md), [page.py](page.py) writes that page; [capacity.json](capacity.json) is what rank buys.
-- [base.py](base.py): how good the shipped base is.
-"""
+{nf4_table(records)}"""
+
+
+def growth_said(records: list[dict]) -> str:
+    spread = {record["axis"]: record["sizes"] for record in records}
+    return f"""## How a step grows
+
+Time ~ size^slope, fitted over {', '.join(f'{axis} {sizes[0]} to {sizes[-1]}' for axis, sizes in spread.items())}; one fit for each round,
+in which all sizes take turns. Beside it the slope of the FLOPs that torch counts in forward and backward: where time grows slower than
+that, a part of it does not depend on the size; where it grows faster, something is done that is no product.
+
+{growth_table(records)}"""
+
+
+REST = """## What else is here
+
+- [fight.py](fight.py) runs the comparison of [what was measured](../lessons/results.md), and [page.py](page.py) writes that page;
+  [capacity.json](capacity.json) is what rank buys.
+- [base.py](base.py): how good the shipped base is."""
+SECTIONS = {"steps": steps_said, "imports": imports_said, "disk": disk_said, "nf4": nf4_said, "growth": growth_said}
 
 
 def interval(ratio: list[float]) -> str:
@@ -119,7 +149,8 @@ def places(records: list[dict]) -> list[tuple[int, int]]:
 
 
 def depths(records: list[dict]) -> str:
-    return f"Width and blocks: {', '.join(f'{width} and {layers}' for width, layers in sorted({(record['width'], record['layers']) for record in records}))}."
+    there = sorted({(record["width"], record["layers"]) for record in records})
+    return f"Width and blocks: {', '.join(f'{width} and {layers}' for width, layers in there)}."
 
 
 def step_table(records: list[dict]) -> str:
@@ -130,12 +161,6 @@ def step_table(records: list[dict]) -> str:
     return table(head, rows)
 
 
-def kinds_of_pairs() -> str:
-    return """Rank 8 where nothing else is said. LoRA-FA is beside PEFT's LoRA with A frozen, and projected beside PEFT's `create_lorafa_optimizer`; LoRA+ beside its
-`create_loraplus_optimizer`. QLoRA and LoftQ are beside PEFT's LoRA on bitsandbytes' `Linear4bit`: PEFT's own LoftQ keeps a dense base here. AdaLoRA judges and cuts at every
-step on both sides. ¹ PEFT does not have it; it stands beside PEFT's LoRA, which does less."""
-
-
 def alive(records: list[dict]) -> str:
     by_method: dict[str, list[float]] = {}
     for record in records:
@@ -144,10 +169,6 @@ def alive(records: list[dict]) -> str:
     other = [f"{NAMES[method]} {min(found):.2f}" + (f" to {max(found):.2f}" if round(max(found), 2) > round(min(found), 2) else "") + " times"
              for method, found in by_method.items() if NAMES[method] not in same]
     return "; ".join([*other, f"as many bytes as PEFT: {', '.join(same)}" if same else ""]).strip("; ")
-
-
-def imports_said(records: list[dict]) -> str:
-    return "; ".join(f"`import {record['package']}` takes {interval(record['ratio'])} times as long as `import {record['over']}`" for record in records) + "."
 
 
 def disk_table(records: list[dict]) -> str:
@@ -169,15 +190,12 @@ def nf4_table(records: list[dict]) -> str:
     return table(["", "ratio"], rows)
 
 
-def spread(records: list[dict]) -> str:
-    return ", ".join(f"{axis} {sizes[0]} to {sizes[-1]}" for axis, sizes in {record["axis"]: record["sizes"] for record in records}.items())
-
-
 def growth_table(records: list[dict]) -> str:
     axes = list(dict.fromkeys(record["axis"] for record in records))
-    found = {(record["method"], record["axis"]): record for record in records}
-    rows = [[NAMES[method].partition(",")[0], *(cell for axis in axes for cell in (interval(found[method, axis]["slope"]), f"{found[method, axis]['flops_slope']:.2f}"))]
-            for method in dict.fromkeys(record["method"] for record in records) if all((method, axis) in found for axis in axes)]
+    found: dict[str, dict[str, list[str]]] = {}
+    for record in records:
+        found.setdefault(record["method"], {})[record["axis"]] = [interval(record["slope"]), f"{record['flops_slope']:.2f}"]
+    rows = [[NAMES[method].partition(",")[0], *(cell for axis in axes for cell in cells.get(axis, ["", ""]))] for method, cells in found.items()]
     return table(["", *(words for axis in axes for words in (axis, "FLOPs"))], rows)
 
 

@@ -2,8 +2,9 @@
 
     make soak     or     OMP_NUM_THREADS=1 python tests/soak.py [--only cycles,kills …] [--seed 0] [--cycles 1000 …]     the default counts are below
 
-    cycles        adapt, train, save, load, merge, unload: random methods, shapes, types and seeds. A loaded model says what the saved one said, bit for bit; a merged
-                  one what the unmerged one said, within its type's rounding; an unloaded one is the base, bit for bit. Memory and open files stay.
+    cycles        adapt, train, save, load, merge, unload: random methods, shapes, types and seeds. A loaded model says what the saved one
+                  said, bit for bit; a merged one what the unmerged one said, within its type's rounding; an unloaded one is the base,
+                  bit for bit. Memory does not grow, and no file stays open.
     folders       damaged adapter folders      ) each is refused by one clear line and leaves the model as it was, or does what the whole one does;
     checkpoints   damaged checkpoints          ) no crash, no hang, and nothing in them is ever run
     results       damaged files of compare and of capacity
@@ -34,6 +35,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "0"      # else torch keeps a kernel for every new shape, up to a thousand: no leak, but it looks like one
+
 import torch
 
 import minilora as ml
@@ -52,21 +55,26 @@ COUNTS = {"cycles": 1000, "folders": 10_000, "checkpoints": 400, "results": 300,
 # Cycles
 
 BASES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "nf4": torch.float32}
-# Of a merged model's logits to the unmerged one's, in parts of the largest. Merging rounds W + dW once, and sums are made in another order: a few hundred
-# roundings of 2^-53 and 2^-24; in bfloat16 W itself is rounded to 2^-9, and so is every activation on the way, in both models.
-TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 6e-2, "nf4": 2e-5}
+# How far a merged model's logits may be from the unmerged one's, in parts of the largest. Merging rounds W + dW once, and sums are made in
+# another order: that is some hundred roundings, of 2^-53 and of 2^-24. In bfloat16 they are of 2^-9, and a model with large updates multiplies
+# them without bound, merged or not: there both are held against the same model in float64.
+TOLERANCE = {"float64": 1e-12, "float32": 2e-5, "nf4": 2e-5}
+ROUGHER = 4                                              # in bfloat16: times as far from the float64 answer as the unmerged model is
 
 
 def some_method(dice: random.Random, base: str, most: int) -> ml.Method:
     rank, alpha, dropout = dice.randint(1, most), dice.choice([1, 5.5, 8, 16]), dice.choice([0.0, 0.0, 0.2])
     makers = {
         "LoRA": lambda: ml.LoRA(rank, alpha, dropout, dice.random() < 0.5), "LoRA+": lambda: ml.LoRAPlus(rank, alpha, dropout, ratio=4),
-        "LoRA-FA": lambda: ml.LoRAFA(rank, alpha, dropout, projection=dice.random() < 0.5), "VeRA": lambda: ml.VeRA(4 * rank, seed=dice.randrange(2**40), dropout=dropout),
+        "LoRA-FA": lambda: ml.LoRAFA(rank, alpha, dropout, projection=dice.random() < 0.5),
+        "VeRA": lambda: ml.VeRA(4 * rank, seed=dice.randrange(2**40), dropout=dropout),
         "LoRA-drop": lambda: ml.LoRADrop(rank, alpha, dropout, threshold=0.5, warmup_steps=1), "DoRA": lambda: ml.DoRA(rank, alpha, dropout),
-        "AdaLoRA": lambda: ml.AdaLoRA(rank, max(1, rank // 2), alpha, dropout=dropout), "PiSSA": lambda: ml.PiSSA(rank, dropout=dropout), "QLoRA": lambda: ml.QLoRA(rank, alpha),
+        "AdaLoRA": lambda: ml.AdaLoRA(rank, max(1, rank // 2), alpha, dropout=dropout),
+        "PiSSA": lambda: ml.PiSSA(rank, dropout=dropout), "QLoRA": lambda: ml.QLoRA(rank, alpha),
     }
     if base != "nf4":                                    # these want a dense W
-        makers |= {"Delta-LoRA": lambda: ml.DeltaLoRA(rank, alpha, start_step=dice.randint(0, 1)), "LoftQ": lambda: ml.LoftQ(rank, alpha), "QPiSSA": lambda: ml.QPiSSA(rank)}
+        makers |= {"Delta-LoRA": lambda: ml.DeltaLoRA(rank, alpha, start_step=dice.randint(0, 1)), "LoftQ": lambda: ml.LoftQ(rank, alpha),
+                   "QPiSSA": lambda: ml.QPiSSA(rank)}
     return makers[dice.choice(sorted(makers))]()
 
 
@@ -94,9 +102,14 @@ def cycle(dice: random.Random, folder: Path) -> str:
         loaded = ml.load_adapter(base(), folder)
         assert torch.equal(loaded(ids), said), "loaded, it says something else than what was saved"
         merged = ml.merge(copy.deepcopy(model))(ids)
-        far, moved = ((other - said).abs().max().item() / said.abs().max().item() for other in (merged, plain))
-        assert far <= TOLERANCE[kind], f"merged, it is {far:.1e} away ({kind}, {method})"
-        assert moved > TOLERANCE[kind] or kind == "bfloat16", f"training moved the logits by {moved:.1e} only, so this shows nothing ({kind}, {method})"
+        if kind == "bfloat16":
+            exact = copy.deepcopy(model).double()(ids)
+            far, allowed = apart(merged, exact), ROUGHER * apart(said, exact)
+        else:
+            far, allowed = apart(merged, said), TOLERANCE[kind]
+        moved = apart(plain, said)
+        assert far <= allowed, f"merged, it is {far:.1e} away, and {allowed:.1e} is allowed ({kind}, {method})"
+        assert moved > allowed or kind == "bfloat16", f"training moved the logits by {moved:.1e} only, so this shows nothing ({kind}, {method})"
         if next(iter(ml.adapters(loaded)))[1].no_way_back:
             return f"{type(method).__name__} on {kind}"
         for one in (ml.unload(model), ml.unload(loaded)):
@@ -105,6 +118,10 @@ def cycle(dice: random.Random, folder: Path) -> str:
                 ml.quantize(there, targets) if kind != "nf4" else None
             assert equal(one.state_dict(), there.state_dict()), "unloaded, it is not the base"
     return f"{type(method).__name__} on {kind}"
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one.double() - other.double()).abs().max() / other.abs().max()).item()
 
 
 def equal(one: dict, other: dict) -> bool:
@@ -116,7 +133,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-LEAK = 4096          # bytes a cycle over the second half: less than the smallest model here, so that one that stays is seen; a page is the least that can be told
+LEAK = 4096          # bytes a cycle that are let pass: a model that stays is at least twice that
 
 
 def growth(memory: list[int]) -> str:
@@ -126,7 +143,8 @@ def growth(memory: list[int]) -> str:
         return ""
     points = list(enumerate(second))[::max(1, len(second) // 200)]
     slope = statistics.median((b - a) / (j - i) for k, (i, a) in enumerate(points) for j, b in points[k + 1:])
-    print(f"cycles: memory grew by {slope:,.0f} bytes a cycle over the second half ({second[0] / 2**20:.1f} to {second[-1] / 2**20:.1f} MiB); at most {LEAK:,} are let pass")
+    print(f"cycles: memory grew by {slope:,.0f} bytes a cycle over the second half ({second[0] / 2**20:.1f} to {second[-1] / 2**20:.1f} MiB); "
+          f"at most {LEAK:,} are let pass")
     return f"memory grew by {slope:,.0f} bytes a cycle over the second half" if slope > LEAK else ""
 
 
@@ -279,7 +297,8 @@ def result_case(dice: random.Random, folder: Path) -> str:
     elif kind == 1:
         content = test_fuzz.bytes_changed(dice, content)
     elif kind == 2:
-        content = dice.choice([b"", b"[" * 100_000, b'{"about":' * 5000, b"null", b"[3]", b"{}", b"\xff\xfe", json.dumps({"about": {}, "search": [], "runs": [], "grid": []}).encode()])
+        content = dice.choice([b"", b"[" * 100_000, b'{"about":' * 5000, b"null", b"[3]", b"{}", b"\xff\xfe",
+                               b'{"about": {}, "search": [], "runs": [], "grid": []}', content.replace(b"0.", b"1e999", 1)])
     else:
         for _ in range(dice.randint(1, 2)):
             odd_branch(dice, tree)
@@ -305,7 +324,8 @@ def some_results() -> dict:
     if "results" not in WHOLE:
         WHOLE["results"] = compare.read(compare.PUBLISHED)
     whole = WHOLE["results"]
-    kept = {part: [run for run in whole[part] if run["method"] in ("full", "lora", "dora") and run["seed"] in (0, 1, 1000)] for part in ("search", "runs", "grid")}
+    kept = {part: [run for run in whole[part] if run["method"] in ("full", "lora", "dora") and run["seed"] in (0, 1, 1000)]
+            for part in ("search", "runs", "grid")}
     return copy.deepcopy({"about": whole["about"]} | kept)
 
 
@@ -399,7 +419,8 @@ def kill_case(dice: random.Random, folder: Path) -> str:
 
 # The trial itself
 
-CASES: dict[str, Callable[[random.Random, Path], str]] = {"cycles": cycle, "folders": folder_case, "checkpoints": checkpoint_case, "results": result_case, "kills": kill_case}
+CASES: dict[str, Callable[[random.Random, Path], str]] = {"cycles": cycle, "folders": folder_case, "checkpoints": checkpoint_case,
+                                                           "results": result_case, "kills": kill_case}
 
 
 def worker(part: str, numbers: range, seed: int, pipe: int, shared: Path) -> None:
@@ -452,14 +473,15 @@ def trial(part: str, start: int, count: int, seed: int) -> list[str]:
                         print(failures[-1], flush=True)
                     number += 1
                     if (number - start) % max(1, count // 10) == 0:
-                        print(f"{part}: {number - start:,} of {count:,} in {time.monotonic() - began:.0f} s, {len(failures)} failed, {bytes_ / 2**20:.0f} MiB, {open_} files open",
-                              flush=True)
+                        print(f"{part}: {number - start:,} of {count:,} in {time.monotonic() - began:.0f} s, {len(failures)} failed, "
+                              f"{bytes_ / 2**20:.0f} MiB, {open_} files open", flush=True)
             status = os.waitpid(child, 0)[1]
             if number < end:
                 print(f"{failures[-1]} (wait status {status})", flush=True)
                 number += 1
     if part == "cycles":
-        failures += [f"cycles: {problem}" for problem in (growth(memory), f"{files[-1] - files[0]} files stay open" if files and files[-1] > files[0] else "") if problem]
+        left_open = f"{files[-1] - files[0]} files stay open" if files and files[-1] > files[0] else ""
+        failures += [f"cycles: {problem}" for problem in (growth(memory), left_open) if problem]
     print(f"{part}: {count - len(failures):,} of {count:,} well, from {start}, seed {seed}, in {time.monotonic() - began:.0f} s: "
           f"{', '.join(f'{n:,} {what}' for what, n in sorted(came.items()) if what)}", flush=True)
     return failures

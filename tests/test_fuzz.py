@@ -155,6 +155,8 @@ def tried(number, config, weights, folders, folder):
         return "refused"
     assert torch.equal(torch.get_rng_state(), state), number
     said, done = safetensors.torch.load(weights), safetensors.torch.load_file(ml.save_adapter(model, folder / "again") / WEIGHTS)
+    if json.loads(config).get("init_lora_weights") == "pissa":      # PEFT's own, beside an altered W: here the first half of a LoRA of twice the rank
+        done = {key: tensor.chunk(2, dim=int("lora_B" in key))[0] for key, tensor in done.items()}
     assert said.keys() == done.keys(), number
     for key in done:                                      # VeRA draws its projections anew; those of a file in 16 bits are the same numbers, rounded
         rounded = key.startswith("base_model.vera_") and said[key].dtype in (torch.float16, torch.bfloat16)
