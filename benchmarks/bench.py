@@ -50,7 +50,7 @@ HERE = Path(__file__).parent
 PARTIAL, PUBLISHED = Path("runs/bench.json"), HERE / "bench.json"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 LR = 1e-4
-SIZES = {128: (4, 15), 512: (2, 7), 1024: (1, 5)}       # width: blocks, rounds
+SIZES = {128: (4, 15), 512: (2, 5), 1024: (1, 5)}       # width: blocks, rounds
 BATCHES = (2, 8)                                          # rows of 128 bytes
 WARM = 1                                                  # the first round is not counted
 Record = dict[str, object]
@@ -249,7 +249,7 @@ def wall(action: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def nf4(names: list[str], size: int = 4096, width: int = 2048, rows: int = 256, rounds: int = 9) -> Iterator[Cell]:
+def nf4(names: list[str], size: int = 4096, width: int = 2048, rows: int = 256, rounds: int = 7) -> Iterator[Cell]:
     w = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     for double in (False, True):
         def theirs():
@@ -307,7 +307,7 @@ def growth(names: list[str]) -> Iterator[Cell]:
             yield {"method": name, "axis": axis}, lambda: slopes(name, axis)
 
 
-def slopes(name: str, axis: str, rounds: int = 7) -> Record:
+def slopes(name: str, axis: str, rounds: int = 5) -> Record:
     """Of log time over log size, one for each round, in which all sizes take their turns; and of the FLOPs that torch counts."""
     sides, work = [], []
     for size in GROWTH[axis]:
