@@ -1,11 +1,12 @@
 # make lab: Jupyter at the lesson table.   make test: everything is checked.   make demo: fine-tune on a file of this repository.
 # make mutants: every solution with one small thing changed, judged by its lesson's tests (minutes; make test takes a sample).
+# make bench: beside PEFT and bitsandbytes, some minutes.   make soak: a long trial of what must never break, an hour.
 # make compare: every method on a task, in about three minutes; OPTIONS="--text my.txt" for your own.
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: lab test mutants demo compare notebooks
+.PHONY: lab test mutants demo compare bench soak notebooks
 
 # Markdown opens rendered, not as source; as root (in a container) Jupyter wants to be told that this is meant.
 lab: .venv/ready
@@ -24,6 +25,12 @@ demo: .venv/ready
 
 compare: .venv/ready
 	$(BIN)/python -m minilora compare --quick $(OPTIONS)
+
+bench: .venv/peers
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py $(OPTIONS)
+
+soak: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(OPTIONS)
 
 notebooks: .venv/ready
 	$(BIN)/python notebooks/execute.py

@@ -434,3 +434,25 @@ def cost_bars(costs: dict[str, dict[str, float]], title: str, unit: str = "GiB")
     axes.invert_yaxis()
     axes.legend(frameon=False, loc="lower right")
     return figure
+
+
+def ratios(panels: dict[str, dict[str, list[tuple[str, float, float, float]]]], title: str) -> Figure:
+    """A panel for each size, a row for each method, a dot with its middle half for each kind; the line is at 1.
+
+    panels: size -> kind -> [(method, low, middle, high), …].
+    """
+    names = list(dict.fromkeys(name for kinds in panels.values() for rows in kinds.values() for name, *_ in rows))
+    figure = Figure(figsize=(10, 0.3 * len(names) + 1.6), layout="constrained")
+    for axes, (size, kinds) in zip(figure.subplots(1, len(panels), sharey=True, sharex=True, squeeze=False)[0], panels.items()):
+        for place, ((kind, rows), color) in enumerate(zip(kinds.items(), (BLUE, ORANGE, GREEN))):
+            for name, low, middle, high in rows:
+                y = names.index(name) + (place - (len(kinds) - 1) / 2) * 0.3
+                axes.plot([low, high], [y, y], color=color, linewidth=2)
+                axes.plot(middle, y, marker="o", markersize=5, color=color)
+        axes.axvline(1, color=BLACK, linewidth=1)
+        axes.grid(axis="x", alpha=0.25)
+        axes.set(title=size, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    figure.suptitle(title, fontsize=11)
+    figure.legend(handles=[Line2D([], [], color=color, marker="o", label=kind) for kind, color in zip(next(iter(panels.values())), (BLUE, ORANGE, GREEN))],
+                  loc="outside lower center", ncols=3, frameon=False)
+    return figure

@@ -165,8 +165,9 @@ def test_a_pickle_in_place_of_safetensors_is_not_run(saved, tmp_path):
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    torch.save({"identity": {}, "state": Bomb(tmp_path / "exploded")}, tmp_path / "c.pt")
-    with pytest.raises(ValueError, match="c.pt: not a whole checkpoint"):
+    """With its digest right, so that it is torch that refuses it."""
+    save_checkpoint(tmp_path / "c.pt", {}, Bomb(tmp_path / "exploded"))
+    with pytest.raises(ValueError, match="c.pt: not a whole checkpoint .UnpicklingError"):
         load_checkpoint(tmp_path / "c.pt", {})
     assert not (tmp_path / "exploded").exists()
 
@@ -557,6 +558,20 @@ def test_a_checkpoint_keeps_numbers_and_knows_its_run(tmp_path):
     assert state["step"] == 3 and torch.equal(state["t"], torch.arange(3))
     with pytest.raises(ValueError, match="whose lr was 0.1 and now is 0.2"):
         load_checkpoint(tmp_path / "c", {"lr": 0.2})
+
+
+def test_a_checkpoint_with_one_bit_changed_anywhere_is_refused(tmp_path):
+    """Of a number too: torch loads that without a word."""
+    save_checkpoint(tmp_path / "c", {"lr": 0.1}, {"step": 3, "t": torch.arange(40.0)})
+    whole = (tmp_path / "c").read_bytes()
+    torch.load(tmp_path / "c", weights_only=True)                    # the digest at the end is in nobody's way
+    place = whole.index(torch.arange(40.0).numpy().tobytes()) + 77
+    for at in (place, 0, len(whole) // 2, len(whole) - 40, len(whole) - 1):
+        (tmp_path / "c").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        with pytest.raises(ValueError, match="c: not a whole checkpoint .*; remove it to start over"):
+            load_checkpoint(tmp_path / "c", {"lr": 0.1})
+    (tmp_path / "c").write_bytes(whole)
+    assert load_checkpoint(tmp_path / "c", {"lr": 0.1})["t"][39] == 39
 
 
 def test_a_16_bit_base_keeps_float32_factors_on_disk(tmp_path, wake, ids):

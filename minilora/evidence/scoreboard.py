@@ -105,7 +105,7 @@ def costs_of(runs: list[dict], task: str, entry: Entry) -> dict:
     training."""
     costs = [run["costs"] for run in of(runs, task, entry)]
     costs = [cost for cost in costs if "trainable_parameters" in cost] or costs
-    return {name: statistics.fmean(cost[name] for cost in costs) for name in costs[0]}
+    return {name: statistics.fmean(cost[name] for cost in costs) for name in costs[0] if all(name in cost for cost in costs)}
 
 
 def paired(one: dict[int, float], other: dict[int, float]) -> list[float]:

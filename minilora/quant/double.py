@@ -56,7 +56,7 @@ class DoubleQuantized:
 
     def dequantize(self) -> Tensor:
         """(m) float32."""
-        d = MAP.to(self.codes.device)[self.codes.int()] * self.absmax.repeat_interleave(BLOCK)[:len(self.codes)]
+        d = MAP.to(self.codes.device).index_select(0, self.codes.int()) * self.absmax.repeat_interleave(BLOCK)[:len(self.codes)]
         return (d + self.offset).clamp_min(0)
 
 

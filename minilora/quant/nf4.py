@@ -23,6 +23,7 @@ LEVELS = torch.tensor([
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])
 THRESHOLDS = (LEVELS[:-1] + LEVELS[1:]) / 2
 PAIRS = torch.stack([LEVELS.repeat_interleave(16), LEVELS.repeat(16)], dim=1)    # (256, 2): what each byte stands for
+TWO_LEVELS = PAIRS.view(torch.int64).flatten()                                   # the two floats as one number of 8 bytes: half the lookups
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SMALLEST = 1e-38        # a smaller scale is taken as this one, so that 1 / scale is a number
@@ -78,7 +79,7 @@ class NF4Tensor:
         """`shape`: level[code] · scale, computed in float32, in `dtype` or else in the dtype that was quantized."""
         n, size = self.shape.numel(), self.block_size
         w = torch.empty(2 * len(self.codes), dtype=dtype or self.dtype, device=self.codes.device)
-        two_levels = PAIRS.to(w.device).view(torch.int64).flatten()                   # two floats as one number of 8 bytes: half the lookups
+        two_levels = TWO_LEVELS.to(w.device)
         scales = self.scales[:, None]
         for start in range(0, n, CHUNK):                                              # a multiple of every block size
             stop = min(start + CHUNK, len(w))

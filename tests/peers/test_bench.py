@@ -1,0 +1,77 @@
+"""benchmarks/bench.py compares like with like: in each pair PEFT's model is the same method, with as many trained numbers and the same loss."""
+
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+import minilora as ml
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import bench
+
+WITHOUT = ("delta-lora", "lora-drop")                     # PEFT has not these
+IDS = bench.batch(2, 16)
+
+
+def pair(name):
+    one = bench.PAIRS[name]
+    return bench.Ours(one.ours, bench.base(32, 2, 16)), bench.Theirs(one, bench.base(32, 2, 16))
+
+
+def loss(side):
+    with torch.no_grad():
+        return ml.next_byte_loss(side.model.eval(), IDS[:, :-1], IDS[:, 1:]).item()
+
+
+@pytest.mark.parametrize("name", [name for name in bench.PAIRS if name not in WITHOUT])
+def test_both_train_as_many_numbers_and_begin_at_one_loss(name, monkeypatch):
+    monkeypatch.setitem(bench.PAIRS, name, bench.PAIRS[name])
+    ours, theirs = pair(name)
+    trained = [sum(p.numel() for p in side.model.parameters() if p.requires_grad) for side in (ours, theirs)]
+    assert trained[0] == trained[1] > 0
+    assert isinstance(theirs.model, peft.PeftModel) and len(list(ml.adapters(ours.model))) == 12
+    if name != "loftq":                                   # which does not start at its 4-bit base
+        assert loss(ours) == pytest.approx(loss(theirs), rel=1e-6)
+    before = loss(ours), loss(theirs)
+    for side in (ours, theirs):
+        side.model.train()
+        for _ in range(3):
+            side.step(IDS)
+    assert loss(ours) < before[0] and loss(theirs) < before[1] and ours.done == theirs.done == 3
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_what_peft_has_not_stands_beside_its_lora(name):
+    ours, theirs = pair(name)
+    assert theirs.config is bench.LORA
+    ours.step(IDS), theirs.step(IDS)
+
+
+def test_the_optimizers_are_those_that_the_page_names():
+    assert type(pair("lora-fa-projected")[1].optimizer).__name__ == "LoraFAOptimizer"
+    ours, theirs = pair("lora-plus")
+    assert {group["lr"] for group in ours.optimizer.param_groups} == {group["lr"] for group in theirs.optimizer.param_groups} == {bench.LR, 16 * bench.LR}
+
+
+def test_ratios_are_of_ours_to_theirs_and_who_goes_first_alternates():
+    order = []
+
+    def clock(one):
+        order.append(one)
+        return {"ours": 3.0, "theirs": 2.0}[one] + (one == "ours" and len(order) < 3) * 100                       # the first round is slow, and not counted
+
+    assert bench.ratios("ours", "theirs", 4, clock) == [1.5, 1.5, 1.5]
+    assert order == ["theirs", "ours", "ours", "theirs", "theirs", "ours", "ours", "theirs", "theirs", "ours"]
+
+
+def test_a_slope_is_the_exponent():
+    assert bench.slope((8, 16, 64), [3 * size**0.7 for size in (8, 16, 64)]) == pytest.approx(0.7, abs=1e-12)
+
+
+def test_bitsandbytes_layers_stand_in_every_place_of_the_blocks():
+    model = bench.in_four_bits(bench.base(64, 1))
+    kinds = [type(module).__name__ for module in model.blocks.modules() if hasattr(module, "in_features")]
+    assert kinds == ["Linear4bit"] * 6 and model.blocks[0].mlp.up_proj.weight.quant_type == "nf4"
