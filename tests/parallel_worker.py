@@ -30,7 +30,7 @@ QLORA = ["--method", "qlora", "--rank", "2", "--steps", "6"]           # with dr
 def small(dtype=torch.float64):
     """A small TinyGPT. In float64 the order of a summation is no longer seen, and anything else is."""
     torch.manual_seed(0)
-    return ml.TinyGPT(ml.GPTConfig(context=16, width=16, layers=2, heads=2)).to(dtype)
+    return ml.TinyGPT(ml.GPTConfig(context=16, width=16, layers=3, heads=2)).to(dtype)
 
 
 def batches(step):
@@ -153,6 +153,15 @@ def other_runs(processes):
     return found
 
 
+def started_apart(processes):
+    """Each process adapts its model by hand, from random numbers of its own."""
+    model = small()
+    torch.manual_seed(processes.rank)
+    ml.adapt(model, method_named("lora"), ["q_proj", "down_proj"])
+    train(model, method_named("lora"), processes)
+    return state(model)
+
+
 def sharded(processes, out):
     found = {}
     for name in SHARDED:
@@ -240,6 +249,7 @@ def command(*arguments):
 
 def everything(out, rank):
     found = {"methods": job(every_method, check_every=1), "others": job(other_runs, check_every=1)}
+    found["started apart"] = job(started_apart, check_every=1)
     found["sharded"] = job(lambda processes: sharded(processes, out), shard=True, check_every=1)
     place = out / ("dropout.pt" if rank == 0 else "never.pt")          # the second process reads and writes none
     found["dropout"] = job(with_dropout)
@@ -253,7 +263,17 @@ def everything(out, rank):
     found["command"] = command(*QLORA, *base, str(out / "straight"))
     found["command resumed"] = command(*QLORA, *base, str(out / "killed"))
     found["command sharded"] = command("--method", "dora", "--rank", "2", "--steps", "3", *base, str(out / "sharded"), "--shard")
+    found["command with rows for one"] = with_rows_for_one("--method", "lora", *base, str(out / "nothing"))
     return found
+
+
+def with_rows_for_one(*arguments):
+    read = ml.data.Batches.__call__
+    ml.data.Batches.__call__ = lambda self, step: tuple(part[:1] for part in read(self, step))
+    try:
+        return command(*arguments)
+    finally:
+        ml.data.Batches.__call__ = read
 
 
 def killed(out, rank):

@@ -76,7 +76,7 @@ def near(one, other, tolerance):
     return True
 
 
-IN_FLOAT64 = 1e-10      # Adam divides by gradients as small as 1e-6 of the largest; the same in float32, with its 2**-24, is 1e-2 of nothing
+IN_FLOAT64 = 1e-12      # 1e-14 is what is seen; in float32 the same sums differ by 4e-7
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -84,8 +84,16 @@ def test_two_processes_give_one_processs_adapter(name, found, alone):
     """Rows of unequal counts of targets, one without any; two batches a step, clipping, weight decay, AdaLoRA's penalty and cuts, LoRA-drop's pairs."""
     (history, state, _), (expected, alone_state) = found[0]["methods"][name], alone(name)
     assert near(state, alone_state, IN_FLOAT64) and history["lr"] == expected["lr"]
-    assert history["loss"] == pytest.approx(expected["loss"], abs=1e-10)
+    assert history["loss"] == pytest.approx(expected["loss"], abs=1e-12)
     assert history["loss"][0] != history["loss"][3] and all(torch.equal(state[key], tensor) for key, tensor in found[1]["methods"][name][1].items())
+
+
+def test_all_begin_as_the_first_process_does(found):
+    model = worker.small()
+    torch.manual_seed(0)
+    ml.adapt(model, worker.method_named("lora"), ["q_proj", "down_proj"])
+    worker.train(model, worker.method_named("lora"), None)
+    assert near(found[0]["started apart"], worker.state(model), IN_FLOAT64) and near(found[1]["started apart"], found[0]["started apart"], 0)
 
 
 def test_in_float32_what_differs_is_the_order_of_summation(found):
@@ -103,17 +111,14 @@ def test_an_expert_that_only_some_processes_meet_or_none(name, method, found):
     expected = worker.experts(method, None)
     assert near(found[0]["others"][name], expected, IN_FLOAT64)
     if name == "experts":
-        torch.manual_seed(2)
-        start = ml.adapt(worker.Experts().double(), method, ["0", "1", "2", "3"])
-        torch.manual_seed(2)
         moved = {key.split(".")[1] for key, tensor in expected.items() if key.endswith(".B") and tensor.any()}
-        assert moved == {"0", "1", "2"} and start is not None
+        assert moved == {"0", "1", "2"}
 
 
 def test_pages_and_recomputed_blocks(found, alone):
     for name in ("paged", "recomputed"):
         history, state = found[0]["others"][name]
-        assert near(state, alone("lora")[1], IN_FLOAT64) and history["loss"] == pytest.approx(alone("lora")[0]["loss"], abs=1e-10)
+        assert near(state, alone("lora")[1], IN_FLOAT64) and history["loss"] == pytest.approx(alone("lora")[0]["loss"], abs=1e-12)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -122,6 +127,8 @@ def test_the_bytes_of_a_step_are_those_of_the_gradients_once(name, found):
     model = worker.small()
     worker.train(model, worker.method_named(name), None, steps=3 if name != "adalora" else 4)
     assert found[0]["methods"][name][2] == 8 * (ml.trainable_parameters(model) + 2) + 4
+    if name == "lora-drop":
+        assert found[0]["methods"][name][2] < found[0]["methods"]["lora"][2]           # of a shared pair once
     if name == "lora":
         assert 10 * found[0]["methods"][name][2] < found[0]["methods"]["full"][2]
 
@@ -130,18 +137,16 @@ def test_the_bytes_of_a_step_are_those_of_the_gradients_once(name, found):
 def test_a_sharded_base_gives_the_same_adapter_and_half_of_it_is_in_each_process(name, found, alone, out):
     history, state, held, peak = found[0]["sharded"][name]
     expected = {key: tensor for key, tensor in alone(name)[1].items() if key in state}
-    assert near(state, expected, IN_FLOAT64) and history["loss"] == pytest.approx(alone(name)[0]["loss"], abs=1e-10)
+    assert near(state, expected, IN_FLOAT64) and history["loss"] == pytest.approx(alone(name)[0]["loss"], abs=1e-12)
     plain = worker.small()
     base, block = (sum(p.nbytes for p in module.parameters()) for module in (plain, plain.blocks[1]))
-    outside = base - 2 * block
+    outside = base - 3 * block
     model = ml.load_adapter(plain, out / f"sharded-{name}")
     ml.unload(model)
     ml.adapt(model, worker.method_named(name).scheduled(4), ["q_proj", "down_proj"])
     ours = sum(t.nbytes for _, layer in ml.adapters(model) for key, t in (*layer.named_parameters(), *layer.named_buffers()) if not key.startswith("base."))
-    if name == "lora-drop":
-        ours = held - base // 2                                        # how many pairs are shared, training decides
-    assert held == base // 2 + ours
-    assert peak == held + (outside + block) // 2                       # the block at work and what stands outside of blocks are whole, the other block is not
+    assert held == base // 2 + ours if name != "lora-drop" else base // 2 < held < base // 2 + ours           # its pairs come to be shared
+    assert peak == base // 2 + ours + (outside + block) // 2                       # the block at work and what stands outside of blocks are whole, the other blocks are not
 
 
 def test_saved_and_merged_from_shards_it_is_as_from_one_process(found, alone, out):
@@ -172,7 +177,7 @@ def test_what_two_began_one_ends_and_what_one_began_two(found, alone, out, tmp_p
     ended = worker.train(model, worker.method_named("lora"), None, checkpoint=tmp_path / "two.pt")
     assert "resumed at step 2" in capsys.readouterr().out
     assert near(worker.state(model), expected_state, IN_FLOAT64) and near(state, expected_state, IN_FLOAT64)
-    assert ended["loss"] == pytest.approx(expected["loss"], abs=1e-10) and history["loss"] == pytest.approx(expected["loss"], abs=1e-10)
+    assert ended["loss"] == pytest.approx(expected["loss"], abs=1e-12) and history["loss"] == pytest.approx(expected["loss"], abs=1e-12)
 
 
 @pytest.mark.parametrize("name, message", [
@@ -217,6 +222,12 @@ def test_only_the_first_process_prints_and_its_report_counts_bytes(found):
     assert code == 0 and "qlora: 1,728 of 20,304 parameters trained\n" in printed
     assert "all-reduced: 6,920 bytes a step by each of 2 processes; full fine-tuning 81,216\n" in printed      # 4 bytes each of 1,728, a loss, and one more
     assert all(found[1][name] == (0, "") for name in ("command", "command resumed", "command sharded"))
+
+
+def test_more_processes_than_rows_on_the_command_line(found, out):
+    code, printed = found[0]["command with rows for one"]
+    said = "minilora: 2 processes and a batch of 1 rows: each needs one at least; start fewer processes, or read larger batches"
+    assert code == 2 and printed.splitlines()[-1] == said and found[1]["command with rows for one"] == (2, "") and not (out / "nothing").exists()
 
 
 def test_a_sharded_base_on_the_command_line(found, out, capsys):

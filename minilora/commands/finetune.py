@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def together(args: argparse.Namespace, processes: OneProcess) -> int:
-    content = data.read(args.text) if args.text else b""              # once: a pipe has nothing to say twice
+    content = processes.told(data.read, args.text) if args.text else b""             # once: a pipe has nothing to say twice
     task = data.split_text(content, data.printed(args.text)) if args.text else data.TASKS[args.task]()
     method = make_method(args.method, args.rank, args.alpha, args.steps)
     model = processes.placed(byte_base(args.base)) if processes.count > 1 else on_best_device(byte_base(args.base))

@@ -7,7 +7,8 @@
 
 All this is torch's own: torchrun starts the processes and says in their environment who is who (nothing more is needed for several machines);
 DistributedDataParallel averages the gradients, over gloo on CPUs and NCCL on GPUs; with shard=True fully_shard cuts the frozen base, so that a
-process keeps 1 / N of it and for the length of a block's work the whole of that block. What is trained is whole in every process: it is small.
+process keeps 1 / N of it, and whole only the block at work and what stands outside of blocks (embeddings, the head). What is trained, and what
+belongs to an adapter, is whole in every process: it is small.
 
 batches(step) is a pure function, so every process makes the whole batch and takes the rows r, r + N, …. The numbers are one process's but for
 the order of summation, about 1e-7 of them. LoRA-drop's warm-up is not shared: each process goes through all of it. A router's balance loss is of
@@ -43,7 +44,7 @@ from minilora.storage import base_fingerprint
 from minilora.training import Loss, OneProcess, Said, targets_that_count
 
 PATIENCE = 3.0             # seconds in which a process whose neighbour fails says that it is still there
-JOBS = itertools.count()
+JOBS = itertools.count()   # that this process has taken part in
 ERRORS = (ValueError, OSError, FloatingPointError)      # those of which the command line prints the one line
 
 
@@ -71,7 +72,8 @@ def several(shard: bool = False, timeout: float = 1800.0, check_every: int = 50)
         torch.cuda.set_device(device)
     store, rank, count = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(f"minilora/{next(JOBS)}", store)          # what an earlier job in these processes has written there is none of this one's
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=count, timeout=datetime.timedelta(seconds=timeout))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=count,
+                            timeout=datetime.timedelta(seconds=timeout), device_id=device if device.type == "cuda" else None)
     try:
         dist.barrier()                                     # all are connected before one may leave
         with ExitStack() as silence:
@@ -308,7 +310,10 @@ def shard_base(model: nn.Module, device: torch.device, count: int) -> None:
 
     Raises ValueError where nothing is frozen, or a base is in four bits."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, fully_shard
+    try:
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+    except ImportError:
+        raise ValueError(f"sharding needs torch 2.6 or later, and this is {torch.__version__}") from None
 
     if isinstance(model, FSDPModule):
         return
