@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -302,6 +303,7 @@ class Store(dict):
 def test_who_speaks_and_of_whom(rank, error, others, ends, monkeypatch):
     monkeypatch.setattr(parallel, "PATIENCE", 0.05)
     store = Store({f"{other} has ended": json.dumps(words) for other, words in others.items()})
+    store |= {f"{other} lives": json.dumps(["another machine", 1]) for other in range(4)}
     processes = parallel.Processes(rank, 4, torch.device("cpu"), store, shard=False, check_every=50)
     try:
         processes.__exit__(type(error), error, None)
@@ -310,6 +312,18 @@ def test_who_speaks_and_of_whom(rank, error, others, ends, monkeypatch):
         assert ends and f"{type(raised).__name__}: {raised}".startswith(ends)
     assert f"{rank} has ended" in store
     processes.__exit__(SystemExit, SystemExit(1), None)                # a second time, further out: nothing more
+
+
+def test_a_process_of_this_machine_that_has_not_answered_is_asked_for(monkeypatch):
+    """The first is there, and still waits for the second, which therefore leaves it the word; the third is not."""
+    monkeypatch.setattr(parallel, "PATIENCE", 0.05)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    store = Store({f"{rank} lives": json.dumps([socket.gethostname(), pid]) for rank, pid in ((0, os.getpid()), (1, os.getppid()), (2, ended.pid))})
+    for rank, kind, says in ((1, SystemExit, "1"), (0, ConnectionError, "rank 2 of 3 processes has ended without a word")):
+        with pytest.raises(kind, match=says):
+            parallel.Processes(rank, 3, torch.device("cpu"), store, shard=False, check_every=50).__exit__(RuntimeError, RuntimeError("gloo: closed"), None)
+        store.pop(f"{rank} has ended")
 
 
 def test_on_a_gpu_the_second_process_speaks_where_the_first_cannot(monkeypatch):

@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -101,6 +102,7 @@ class Processes(OneProcess):
         self.model: nn.Module | None = None                # while it is trained
         self.average: DistributedDataParallel | None = None
         self.bytes, self.ended = 0, False
+        store.set(f"{rank} lives", json.dumps([socket.gethostname(), os.getpid()]))
 
     @property
     def first(self) -> bool:
@@ -199,19 +201,30 @@ class Processes(OneProcess):
             if not self.first and isinstance(error, ERRORS) and (self.device.type == "cpu" or self.heard([0])):
                 raise SystemExit(2)
             return
-        if self.rank > 1 or self.rank == 1 and self.heard([0]):
+        if self.rank > 1 or self.rank == 1 and (self.heard([0]) or self.lives(0)):
             if kind == "lost":
                 raise SystemExit(1)
             return
         ended = self.heard([rank for rank in range(self.count) if rank != self.rank])
-        gone = [str(rank) for rank in range(self.count) if rank not in ended and rank != self.rank]
+        gone = [str(rank) for rank in range(self.count) if rank not in ended and rank != self.rank and not self.lives(rank)]
         failed = {rank: text for rank, (kind, text) in ended.items() if kind == "failed"}
         for rank, text in failed.items():
             raise ConnectionError(f"rank {rank} has ended: {text}")
         if gone:
             raise ConnectionError(f"rank {', '.join(gone)} of {self.count} processes has ended without a word: killed, or its machine is gone")
         if kind == "lost":
-            raise ConnectionError("the connection between the processes has broken, and all of them have ended")
+            raise ConnectionError("the connection between the processes has broken, and none of them was killed")
+
+    def lives(self, rank: int) -> bool:
+        """Whether a process on this machine is known to be there still: it waits, and will hear of it when this one has ended."""
+        host, pid = json.loads(self.store.get(f"{rank} lives"))
+        if os.name != "posix" or host != socket.gethostname():
+            return False
+        try:
+            os.kill(pid, 0)                                # asks, and does nothing
+            return True
+        except OSError:
+            return False
 
     def heard(self, ranks: Sequence[int]) -> dict[int, list]:
         """What these have said of their end, as far as they say it within PATIENCE."""
