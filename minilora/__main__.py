@@ -1,6 +1,7 @@
 """python -m minilora: fine-tune the tiny GPT on a text of your own, let it speak, merge what it learned.
 
     finetune   --text FILE | --task voice|facts|sums   [--method lora --rank 8 --steps 200 --out DIR …]     --model FOLDER|NAME: a real one
+               on several processes or machines: torchrun --nproc-per-node N -m minilora finetune …
                methods: full lora lora-plus lora-fa vera delta-lora lora-drop adalora rslora dora pissa qlora loftq qpissa
     generate   [--model FOLDER|NAME] [--adapter DIR] --prompt TEXT
     merge      [--model FOLDER|NAME] --adapter DIR --out FILE|FOLDER

@@ -116,6 +116,7 @@ def _fingerprint(plain: nn.Module, wrapped: dict[str, Adapter], without: Collect
         for name, tensor in plain.state_dict().items():
             if isinstance(tensor, Tensor) and name not in without:
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                tensor = getattr(tensor, "full_tensor", tensor.detach)()         # a sharded one is put together by all its processes
                 digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 

@@ -75,6 +75,7 @@ def finetune(
     autocast: torch.dtype | None = None,
     checkpointing: str | None = None,
     read_every: int | None = None,
+    processes: "OneProcess | None" = None,
     progress: bool = True,
 ) -> dict[str, list]:
     """Train `model` with `method`, in place, and return the history as numbers.
@@ -97,6 +98,7 @@ def finetune(
     torch's older way. The same numbers from less memory, in about a third more time.
     read_every: steps between two looks at the loss and at whether all was finite. None: 1 on a CPU, and 10 on a GPU, which is not waited for in
     between. The numbers are the same; that a run diverged is noticed so much later.
+    processes: several that share the work, each with this same call (minilora.scale.parallel.several). None: this one alone.
 
     Which learning rate? Try some for a short while, each on a copy of the model; windows are held out, and not those of the report:
 
@@ -112,39 +114,42 @@ def finetune(
     """
     _check(next(model.parameters()).dtype, steps, lr, weight_decay, warmup, schedule, evaluate_every, accumulate, clip, autocast, checkpointing, read_every)
     method = method.scheduled(steps)
-    device = next(model.parameters()).device
+    processes = processes or OneProcess()
+    device = processes.device or next(model.parameters()).device
     read_every = read_every or (1 if device.type == "cpu" else READ_EVERY)
     data = getattr(batches, "fingerprint", "")
 
     def parts(step: int) -> list:
         return [batches(accumulate * step + part) for part in range(accumulate)]
 
-    with alone(checkpoint), stoppable(), recomputing(model, checkpointing):
+    with alone(checkpoint if processes.first else None), stoppable(), recomputing(model, checkpointing), processes:
         identity, saved = {}, None
         if checkpoint is not None:
             layers = [name for name, _ in adapters(model)] or ([] if method.trains_base else list(find_targets(model, targets)))
             identity = {"method": repr(method), "steps": steps, "lr": lr, "seed": seed, "weight decay": weight_decay, "warmup": warmup,
                         "schedule": schedule, "optimizer": getattr(optimizer, "func", optimizer).__name__, "accumulate": accumulate, "clip": clip,
                         "autocast": autocast and str(autocast), "adapted layers": layers, "base": "" if method.trains_base else base_fingerprint(model)}
-            saved = saved_state(Path(checkpoint), identity, data, parts)
+            saved = processes.told(saved_state, Path(checkpoint), identity, data, parts)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):     # the caller's random numbers stay what they were
             torch.manual_seed(seed)
             loss_of = Loss(loss_fn, device, lr, autocast, checkpointing)
             with _adapted(model, method, targets):
+                loss_of = processes.begin(model, method, loss_of, seed, parts)
                 if saved:
                     tie(model, saved["tied"], checkpoint)              # what prepare decided then
                 else:
                     method.prepare(model, batches, loss_of, lr)
                 optimizer = optimizer(method.parameter_groups(model, lr, weight_decay), lr=lr)
                 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(schedule, steps, warmup))
-                run = Run(model, optimizer, scheduler, checkpoint, identity, data)
+                run = Run(model, optimizer, scheduler, checkpoint if processes.first else None, identity, data)
                 if saved:
                     run.restore(saved)
-                    print(f"resumed at step {run.step}", flush=True)
+                    if processes.first:
+                        print(f"resumed at step {run.step}", flush=True)
             trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
             was_training, unread = model.training, []
             model.train()
-            bar = tqdm(total=steps, initial=run.step, unit="step", disable=not progress)
+            bar = tqdm(total=steps, initial=run.step, unit="step", disable=not (progress and processes.first))
             try:
                 for step in range(run.step, steps):
                     if evaluate and step % evaluate_every == 0:
@@ -246,7 +251,7 @@ class Loss:
 
         Each batch weighs as much as it has targets that count: then the sum of their means is the mean of all.
         """
-        weights = [_counted(_targets(model, placed(batch, "cpu"))) for batch in read] if len(read) > 1 else [1]
+        weights = [targets_that_count(model, batch) for batch in read] if len(read) > 1 else [1]
         parts = [i for i, weight in enumerate(weights) if weight] or [0]
         said = Said(step)
         for i in parts:
@@ -256,10 +261,13 @@ class Loss:
                 loss = loss + method.penalty(model)
             if loss.requires_grad:
                 loss.backward()
+        self.reached(model)
+        return said
+
+    def reached(self, model: nn.Module) -> None:
         if all(parameter.grad is None for parameter in model.parameters()):
             check_gradients(model)                         # which names the adapters, and says why that may be
             raise ValueError("nothing to train on: the loss does not depend on any parameter that is trained")
-        return said
 
     def look(self, model: nn.Module, unread: list[Said], parts: Callable[[int], list]) -> list[float]:
         """Look at what steps have said: here a GPU is waited for. Returns their losses. Raises FloatingPointError for the first number that is
@@ -300,6 +308,32 @@ class Loss:
 
     def advice(self, step: int | None) -> str:
         return "and nothing was trained before; look at the model and at this batch" if step == 0 else f"a lower learning rate than {self.lr:g} may help"
+
+
+class OneProcess:
+    """What the loop asks of the processes that share its work. Here there is one, and all is its own; scale/parallel.py has several."""
+
+    count = 1
+    first = True                                           # it reads, writes and prints, and the others do not
+    device: torch.device | None = None                     # None: where the model is
+
+    def told(self, read: Callable, *arguments):
+        """read(*arguments), done by the first process and known to all."""
+        return read(*arguments)
+
+    def begin(self, model: nn.Module, method: Method, loss: Loss, seed: int, parts: Callable[[int], list]) -> Loss:
+        """The model has its adapters. Returns the loss whose backward() leaves the gradient of the whole step in this process."""
+        return loss
+
+    def __enter__(self) -> "OneProcess":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        pass
+
+
+def targets_that_count(model: nn.Module, batch: Sequence[Tensor] | Mapping) -> int:
+    return _counted(_targets(model, placed(batch, "cpu")))
 
 
 def _targets(model: nn.Module, batch: tuple) -> Tensor:

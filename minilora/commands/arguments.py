@@ -2,14 +2,17 @@
 
 import argparse
 import math
+import os
 
 from minilora import data
 from minilora.methods import METHODS
+from minilora.scale.parallel import there_are_several
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        self.exit(2, f"minilora: {message}\n")
+        is_told_elsewhere = there_are_several() and os.environ["RANK"] != "0"
+        self.exit(2, "" if is_told_elsewhere else f"minilora: {message}\n")
 
 
 def whole(least: int, most: int = 10**9):

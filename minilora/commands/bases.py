@@ -16,6 +16,7 @@ from minilora import data, storage
 from minilora.commands.models import MODEL, REAL, best_device, byte_base, on_best_device
 from minilora.methods import RATES
 from minilora.safety.targets import find_targets
+from minilora.training import OneProcess
 
 
 class ByteBase:
@@ -23,11 +24,11 @@ class ByteBase:
 
     rows, tokens_per_byte = 16, 1.0
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, processes: OneProcess):
         self.about: dict = {}
-        content = data.read(args.text) if args.text else b""          # once: a pipe has nothing to say twice
+        content = processes.told(data.read, args.text) if args.text else b""             # once: a pipe has nothing to say twice
         self.task = data.split_text(content, data.printed(args.text)) if args.text else data.TASKS[args.task]()
-        self.model = on_best_device(byte_base(args.base))
+        self.model = processes.placed(byte_base(args.base)) if processes.count > 1 else on_best_device(byte_base(args.base))
         self.context = context_of(args, self.model.config.context, self.model.config.context)
         self.windows = self.task.held_out(self.context + 1)
         seen = f", {data.overlap(content):.0%} of them seen in training" if args.text else ""
@@ -69,16 +70,17 @@ class RealBase:
 
     rows = 4                                                          # of 256 tokens each, and their logits are as wide as the vocabulary
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, processes: OneProcess):
         from minilora.scale.loading import load_model, load_tokenizer
         from minilora.scale.text import Speaker, longest, token_text
 
         if args.task:
             raise ValueError(f"--task {args.task} is made for the shipped base, which reads bytes; with --model give --text FILE")
-        content, tokenizer = data.read(args.text), load_tokenizer(args.model)
+        content, tokenizer = processes.told(data.read, args.text), load_tokenizer(args.model)
         self.text = token_text(content, data.printed(args.text), tokenizer)
         wide = torch.float32 if args.method == "full" else None       # in 16 bits most of Adam's steps would be lost
-        self.model = load_model(args.model, four_bits=args.method == "qlora", dtype=wide, device=best_device())
+        self.model = load_model(args.model, four_bits=args.method == "qlora", dtype=wide, device=best_device() if processes.count == 1 else "cpu")
+        self.model = processes.placed(self.model) if processes.count > 1 else self.model
         self.speaker = Speaker(self.model, tokenizer)
         symbols, most = self.model.get_input_embeddings().num_embeddings, max(int(part.max()) for part in (self.text.train, self.text.rest))
         if most >= symbols:

@@ -44,7 +44,7 @@ class Run:
         self.started, self.spent_saving = time.monotonic(), 0.0
 
     def restore(self, state: dict) -> None:
-        ours, saved = _trained(self.model), state["trained"]
+        ours, saved = trained_tensors(self.model), state["trained"]
         if ours.keys() != saved.keys():
             differ = sorted(ours.keys() ^ saved.keys())
             raise ValueError(f"{self.path}: a checkpoint of a run that trained other tensors ({differ[0]}{', …' if differ[1:] else ''}); "
@@ -74,7 +74,7 @@ class Run:
             return
         began = time.monotonic()
         save_checkpoint(self.path, self.identity, {
-            "trained": _trained(self.model), "tied": _tied(self.model), "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+            "trained": trained_tensors(self.model), "tied": _tied(self.model), "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
             "random": self.random, "step": self.step, "history": self.history, "data": self.data, "digests": self.digests,
         })
         self.spent_saving += time.monotonic() - began
@@ -200,7 +200,7 @@ def digest(parts: list) -> str:
     return found.hexdigest()
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """By name: every parameter that is trained or belongs to an adapter, and every buffer but the frozen layers' own: a method keeps its
     state in buffers, and a norm its running means."""
     own = {id(p) for _, layer in adapters(model) for name, p in layer.named_parameters() if not name.startswith("base.")}
