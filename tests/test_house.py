@@ -9,7 +9,7 @@ import minilora
 
 PACKAGE = Path(minilora.__file__).parent
 FLOORS = [{"safety.encodings", "safety.beside", "safety.targets"}, {"checks", "gpt", "data", "plots", "safety.watch"}, {"adapter"}, {"quant"}, {"methods"}, {"formats"},
-          {"safety.configuration"}, {"storage"}, {"safety.runs"}, {"training"}, {"evidence"}, {"commands"}, {"__main__"}]      # each file of safety has a floor of its own
+          {"safety.configuration"}, {"storage"}, {"safety.runs"}, {"training"}, {"evidence"}, {"scale"}, {"commands"}, {"__main__"}]      # each file of safety has a floor of its own
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
 

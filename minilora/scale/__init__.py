@@ -1,0 +1,1 @@
+"""What is larger than a laptop: real models, several processes, serving; and the doctor."""
