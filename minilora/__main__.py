@@ -24,7 +24,7 @@ from minilora.safety.runs import stoppable
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns its exit code: 0, 1 where doctor finds something, 2 for bad input (one line says what), 130 after Ctrl-C, 143 after kill."""
+    """Run one command. Returns its exit code: 0, 1 where doctor finds something, 2 for bad input (one line says what), 130 after Ctrl-C, 143: kill."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")          # a terminal without UTF-8 shows ? and goes on

@@ -1,10 +1,10 @@
 """The doctor: the usual confusions, named from evidence. What it cannot know it does not claim.
 
-    in memory     diagnose(model, optimizer, base, batch)      nothing trains · W is trained · B is zero · no gradient · optimizer · scale · targets ·
-                                                               tied weights · head not saved · merged already · wrong base · lost in rounding
-    on disk       examine([paths], base)                       the same as far as files tell · merged twice · wrapper in keys · saved adapted ·
-                                                               a pickle · loss never fell · diverged · warm-up too long · overfitting · unfinished
-    the machine   machine()
+    diagnose(model, optimizer, base, batch)   in memory: nothing trains · W is trained · B is zero · no gradient · optimizer · scale · targets ·
+                                              tied weights · head not saved · merged already · wrong base · lost in rounding
+    examine([paths], base)                    on disk: the same, as far as files tell · merged twice · wrapper in keys · saved adapted ·
+                                              a pickle · loss never fell · diverged · warm-up too long · overfitting · unfinished
+    machine()                                 versions, device, threads
 
 live.py, ondisk.py, symptoms.py, merged.py and progress.py say what counts as evidence, each with its thresholds and their reasons.
 """
@@ -52,9 +52,12 @@ def machine() -> list[str]:
         device = f"CUDA: {torch.cuda.get_device_name()}, {free / 2**30:.1f} of {whole / 2**30:.1f} GiB free"
     else:
         device = "MPS" if torch.backends.mps.is_available() else "CPU"
-    return [f"python {platform.python_version()}, torch {torch.__version__}", f"device: {device}", f"threads: {torch.get_num_threads()} of {os.cpu_count()} cores",
+    base = load_base()
+    return [f"python {platform.python_version()}, torch {torch.__version__}",
+            f"device: {device}",
+            f"threads: {torch.get_num_threads()} of {os.cpu_count()} cores",
             *(f"{name}: {_version(name)}" for name in ("transformers", "peft", "safetensors", "bitsandbytes")),
-            f"the shipped base: {sum(p.numel() for p in load_base().parameters()):,} parameters, fingerprint {base_fingerprint(load_base())[:12]}"]
+            f"the shipped base: {sum(p.numel() for p in base.parameters()):,} parameters, fingerprint {base_fingerprint(base)[:12]}"]
 
 
 def _version(package: str) -> str:

@@ -7,8 +7,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-WIDTH = 155               # of a printed line
 INDENT = "  "
+WIDTH = 155 - len(INDENT)      # of what stands behind it on a line
 
 
 @dataclass(frozen=True)
@@ -55,4 +55,4 @@ def count(n: int, of: int, what: str) -> str:
 
 def short(name: str, most: int = 44) -> str:
     """The end of a long name: its beginning is what all have in common."""
-    return name if len(name) <= most else "…" + name[1 - most:]
+    return name if len(name) <= most else "…" + name[1 - most:].lstrip(".")

@@ -1,6 +1,6 @@
 """A model in memory: its adapters, ours or PEFT's, the optimizer, and a backward pass. All of it is left as it was found."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -118,7 +118,7 @@ def _base_trained(layers: list[Layer]) -> Finding | None:
     if not found:
         return None
     return Finding("W is trained", f"{count(len(found), len(layers), 'adapted layers')} have a W with requires_grad ({short(found[0])})",
-                   "layer.base.weight.requires_grad_(False): W is never touched")
+                   "Freeze it: layer.base.weight.requires_grad_(False)")
 
 
 def _silent(sheet: Sheet | None, layers: list[Layer], steps: int) -> Finding | None:
@@ -149,7 +149,8 @@ def _not_saved(plain: nn.Module, layers: list[Layer]) -> Iterator[Finding]:
             try:
                 configuration.fields_beside(plain, ours, beside.changed(plain, ours), form.only_bias)
             except ValueError as error:
-                yield Finding("cannot be saved", str(error).removeprefix("not saved: ").partition(". ")[0], "Freeze it, or put it in a module of its own")
+                yield Finding("cannot be saved", f"{str(error).removeprefix('not saved: ').partition(',')[0]}, and PEFT's format has 0 places for it",
+                              "Freeze it, or put it in a module of its own")
     elif layers and getattr(plain, "peft_config", None):
         import peft
         saved = set()
@@ -179,15 +180,15 @@ def _tied(plain: nn.Module, layers: list[Layer]) -> Iterator[Finding]:
         other = [name for name in several if ".modules_to_save." not in name]
         copies = [name for name in alone if ".modules_to_save." in name
                   and any(name.partition(".modules_to_save.")[0] == there.partition(".original_module.")[0] for there in several)]
-        equal = " = ".join(map(short, other[:2] or several[:2]))
+        equal = " = ".join(short(name, 36) for name in (other or several)[:2])
         if p in bases:
-            yield Finding("tied weights", f"the adapter on {short(bases[p], 30)} sits on 1 of {len(several)} names of one tensor ({equal})",
-                          "Merging parts them: take other targets")
+            yield Finding("tied weights", f"the W of an adapter has {len(several)} names ({equal})", "Merging parts them: take other targets")
         elif p.requires_grad and p not in own:
-            yield Finding("tied weights", f"{p.numel():,} trained numbers have {len(several)} names ({equal})", "Both move, and a folder holds one: untie them first")
+            yield Finding("tied weights", f"{p.numel():,} trained numbers have {len(several)} names ({equal})", "Both move: untie them first")
         elif len(copies) == 1:
-            yield Finding("tied weights", f"a copy is trained of 1 of {len(several)} names of one tensor ({short(copies[0].partition('.modules_to_save.')[0], 30)})",
-                          "Loaded again after a merge they are one: tie_word_embeddings=False")
+            module = copies[0].partition(".modules_to_save.")[0]
+            yield Finding("tied weights", f"a copy of {short(module, 30)} is trained, whose tensor has {len(several)} names",
+                          "Merged, saved and loaded they are one: tie_word_embeddings=False")
 
 
 def _optimizer(plain: nn.Module, layers: list[Layer], trained: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]) -> Iterator[Finding]:
@@ -196,13 +197,13 @@ def _optimizer(plain: nn.Module, layers: list[Layer], trained: dict[str, nn.Para
     held = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     there = set(plain.parameters())
     own = {p for layer in layers for p in layer.trained.values()}
-    fix = "Make it after adapt(), and after prepare(), of method.parameter_groups(model, lr)"
+    fix = "Make it after adapt() and prepare()"
     gone, missing = held - there, own - held
     if own and not own & held:
-        yield Finding("optimizer", f"it holds 0 of {len(own)} trained tensors of the adapters, and {len(held)} others", fix)
+        yield Finding("optimizer", f"it holds 0 of {len(own)} trained tensors of adapters, and {len(held)} others", fix)
     elif missing:
         names = [f"{layer.name}.{key}" for layer in layers for key, p in layer.trained.items() if p in missing]
-        yield Finding("optimizer", f"{len(missing)} of {len(own)} trained tensors of the adapters are not in it ({listed(map(short, names), 1)})", fix)
+        yield Finding("optimizer", f"{len(missing)} of {len(own)} trained tensors of adapters are not in it ({short(kind(names[0]))})", fix)
     elif rest := [name for name, p in trained.items() if p not in held | own]:
         yield Finding("optimizer", f"{len(rest)} of {len(trained)} trained tensors are not in it ({short(rest[0])})", "Freeze them, or make it anew")
     if gone:
@@ -230,12 +231,13 @@ def _coverage(plain: nn.Module, layers: list[Layer]) -> tuple[list[Finding], lis
         return [Finding("targets", f"{short(where)} has an adapter in {len(have[where])} of {len(blocks[where])} blocks, others in more",
                         "Look for the blocks whose layer has another name or class")], notes
     apart = {name for name, module in plain.named_modules() if isinstance(module, (nn.Linear, nn.Embedding)) or name in adapted}
-    own = [name for name, p in plain.named_parameters() if p.dim() > 1 and name.startswith(lists) and not any(parent in apart for parent in _parents(name))]
+    own = [name for name, p in plain.named_parameters() if p.dim() > 1 and name.startswith(lists)
+           and not any(parent in apart for parent in _parents(name))]
     outside = sum(plain.get_parameter(name).numel() for name in own)
     within = sum(layer.base.in_features * layer.base.out_features for layer in layers if layer.name in adapted and isinstance(layer.base, nn.Linear))
     if not bare and within and outside > MOST * (outside + within):
-        return [Finding("targets", f"all Linears have an adapter, and {outside / (outside + within):.0%} of the blocks' weights are in none ({listed(own, 1)})",
-                        "Fused experts or Conv1D: split them")], notes
+        share = f"{outside / (outside + within):.0%} of the blocks' weights are in none ({listed(map(short, own), 1)})"
+        return [Finding("targets", f"all Linears have an adapter, and {share}", "Fused experts or Conv1D")], notes
     return [], notes
 
 
@@ -268,8 +270,8 @@ def _against(plain: nn.Module, layers: list[Layer], original: nn.Module) -> Iter
                 t.append(((moved * dW.double()).sum() / length).item() - by_design)
         told = merged.held(t, enough=1)
         if told and told.times >= 1:
-            yield Finding("merged already", f"W minus base's W is {told.times} dW in {told.agree:.0%} of {told.layers} layers: with the adapter dW counts "
-                          f"{'twice' if told.times == 1 else f'{told.times + 1} times'}", "Load the original, or leave the adapter out")
+            yield Finding("merged already", f"W is base's W + {told.times} dW in {told.agree:.0%} of {told.layers} layers: with the adapter dW counts "
+                          f"{'twice' if told.times == 1 else f'{told.times + 1} times'}", "Load the original")
         elif differ and not any(getattr(layer.module, "merged", False) or _alters_base(plain) for layer in layers):
             yield Finding("wrong base", f"W differs from base's in {count(len(differ), seen, 'adapted layers')} ({short(differ[0])})",
                           "Load the weights that the adapter was trained on")
@@ -292,7 +294,8 @@ def swallowed(pairs: Iterable[tuple[str, Tensor, Tensor]]) -> Iterator[Finding]:
 
 
 def swallowed_finding(share: float, layers: int, dtype: torch.dtype) -> Finding:
-    return Finding("lost in rounding", f"{share:.0%} of the weights of {layers} merged layers are what they were: dW is below half a step of {str(dtype).removeprefix('torch.')}",
+    step = str(dtype).removeprefix("torch.")
+    return Finding("lost in rounding", f"{share:.0%} of the weights of {layers} merged layers did not move: |dW| is below half a step of {step}",
                    "Merge into float32")
 
 
@@ -319,8 +322,8 @@ def _without_gradient(plain: nn.Module, layers: list[Layer]) -> list[Finding]:
     if not without:
         return []
     trained = sum(1 for layer in layers if layer.trained)
-    return [Finding("no gradient", f"after backward .grad is None in {count(len(without), trained, 'adapters')} ({listed(map(short, without), 1)})",
-                    _reentrant(plain) or "Is the layer called, and its output used, without no_grad() or detach()?")]
+    return [Finding("no gradient", f"after backward .grad is None in {count(len(without), trained, 'adapters')} ({short(kind(without[0]))})",
+                    _reentrant(plain) or "Not called, no_grad(), detach(), or reentrant?")]
 
 
 def _reentrant(plain: nn.Module) -> str:
@@ -329,7 +332,7 @@ def _reentrant(plain: nn.Module) -> str:
         if getattr(module, "gradient_checkpointing", False):
             function = getattr(module, "_gradient_checkpointing_func", None)
             if getattr(function, "keywords", {}).get("use_reentrant", True):
-                return "Checkpointing is reentrant: use_reentrant=False, or enable_input_require_grads()"
+                return "Checkpointing: use_reentrant=False, or enable_input_require_grads()"
     return ""
 
 
@@ -346,7 +349,7 @@ def _backward(model: nn.Module, plain: nn.Module, layers: list[Layer], batch: ob
             except ValueError as error:                                        # a line of the loop that the method lives by is missing
                 if "is trained without" not in str(error):
                     raise
-                return [Finding("the loop", str(error).partition(": so it would")[0], "The docstring of minilora.Method has the whole loop")]
+                return [Finding("the loop", f"1 line is missing: {str(error).partition(': so it')[0]}", "See Method")]
             if not loss.isfinite():
                 return [Finding("not finite", f"the loss of this batch is {loss.item()}", "Look at the batch, and at the base alone")]
             if not loss.requires_grad:

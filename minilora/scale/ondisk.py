@@ -1,6 +1,5 @@
 """Models, adapters and runs on disk: what each folder tells by itself, and beside the base it belongs to. Nothing in them is executed."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minilora.adapter import adapters
 from minilora.data import TASKS
 from minilora.gpt import load_base
 from minilora.methods import METHODS, RATES
@@ -112,17 +110,17 @@ def of_model(report: Report, path: Path, base: Base | None, sheets: list[Sheet])
     for sheet in sheets:
         report.findings += holds(model, base, sheet, report)
     if base is not None and not sheets and model.weights.keys & base.weights.keys:
-        matrices = [key for key in model.weights.keys if key in base.weights.keys and len(model.weights.shape(key)) == 2 and "embed" not in key]
+        matrices = [key for key in model.weights.keys & base.weights.keys if len(model.weights.shape(key)) == 2 and "embed" not in key]
         report.findings += live.swallowed((key, base.weights.get(key), model.weights.get(key)) for key in matrices)
 
 
 def holds(model: Base, base: Base | None, sheet: Sheet, report: Report) -> Iterator[Finding]:
     """How often the model holds the adapter's dW: exactly, where the original is at hand; and what of it arrived."""
     t, lost, whole, dtype = [], 0, 0, None
-    for name in sheet.layers:
-        pair, W = sheet.update(name), model.weight(name, sheet)
-        W_0 = base.weight(name, sheet) if base else None
-        if pair is None or W is None or W.shape != (len(pair[1]), pair[0].shape[1]) or base and (W_0 is None or W_0.shape != W.shape):
+    for name in sheet.layers:                                        # one at a time: W is as large as it is
+        W, W_0 = model.weight(name, sheet), base.weight(name, sheet) if base else None
+        pair = None if W is None else sheet.update(name, W.shape[1])
+        if pair is None or W.shape != (len(pair[1]), pair[0].shape[1]) or base and (W_0 is None or W_0.shape != W.shape):
             continue
         t.append(merged.projection(W.double() - W_0.double() if base else W, *pair))
         if base and W.dtype in (torch.bfloat16, torch.float16):
@@ -147,7 +145,7 @@ def of_adapter(path: Path, base: Base | None, sheets: list[Sheet]) -> Report:
     report = Report(f"{path}: an adapter")
     if (path / BIN).exists() and not (path / WEIGHTS).exists():
         size = (path / BIN).stat().st_size
-        report.findings.append(Finding("a pickle", f"{BIN} ({size:,} bytes) and no {WEIGHTS}: opening it could run code",
+        report.findings.append(Finding("a pickle", f"{BIN} ({size:,} bytes) and no safetensors: opening it could run code",
                                        "If you trust it: torch.load(weights_only=True), save_file()"))
         return report
     sheet = read_sheet(path)
@@ -178,14 +176,15 @@ def against(path: Path, sheet: Sheet, base: Base, report: Report) -> Iterator[Fi
         return
     t = []
     for name in sheet.layers:
-        pair, W = sheet.update(name), base.weight(name, sheet)
-        if pair is not None and W is not None:
+        W = base.weight(name, sheet)
+        pair = None if W is None else sheet.update(name, W.shape[1])
+        if pair is not None:
             t.append(merged.projection(W, *pair))
     told = merged.held(t)
     if told and told.times >= 1:
         times = "twice" if told.times == 1 else f"{told.times + 1} times"
-        yield Finding("merged already", f"the base holds dW in {told.agree:.0%} of {told.layers} layers (⟨W, dW⟩ / ‖dW‖² near {told.times}): loaded on it, dW counts {times}",
-                      "Take the original")
+        yield Finding("merged already", f"⟨W, dW⟩ / ‖dW‖² is near {told.times} in {told.agree:.0%} of {told.layers} layers: on this base dW "
+                      f"would count {times}", "Take the original")
     elif right is False:
         yield Finding("wrong base", why, "Load the weights it was trained on")
 
@@ -194,22 +193,21 @@ def misfits(sheet: Sheet, base: Base) -> Iterator[Finding]:
     """Layers of other sizes; layers that other blocks of this model have. Where a whole kind is missing, files may only name it otherwise."""
     found, missing, odd = {}, [], []
     for name in sheet.layers:
-        key, sizes = base.weights.find(f"{name}.weight"), sheet.sizes(name)
+        key = base.weights.find(f"{name}.weight")
         if key is None:
             missing.append(name)
             continue
-        found[name] = shape = base.weights.shape(key)
-        packed = not base.weights.get(key).is_floating_point() if len(shape) == 2 and shape[1] == 1 else False
-        if sizes and len(shape) == 2 and not packed and sizes[0] and (sizes if sizes[1] else sizes[:1]) not in (
-                (shape, shape[::-1]) if sizes[1] else (shape[:1], shape[1:])):
+        found[name] = base.weights.shape(key)
+        W, sizes = base.weight(name, sheet), sheet.sizes(name)
+        if W is not None and sizes and any(size not in (0, here) for size, here in zip(sizes, W.shape)):
             odd.append(name)
+    fix = "Take the model it was trained on"
     if odd:
-        name = odd[0]
-        yield Finding("wrong base", f"{count(len(odd), len(sheet.layers), 'layers')} are of another size: {short(name, 36)} is {sheet.sizes(name)}, here {found[name]}",
-                      "Take the model that it was trained on")
+        sizes, here = (" x ".join(map(str, size)) for size in (sheet.sizes(odd[0]), found[odd[0]]))
+        of = count(len(odd), len(sheet.layers), "layers")
+        yield Finding("wrong base", f"{of} have other sizes: {short(odd[0], 36)} is for {sizes}, here {here}", fix)
     elif missing and (not found or {kind(name) for name in missing} <= {kind(name) for name in found}):
-        yield Finding("wrong base", f"{count(len(missing), len(sheet.layers), 'layers')} are not in this model ({short(missing[0])})",
-                      "Take the model that it was trained on")
+        yield Finding("wrong base", f"{count(len(missing), len(sheet.layers), 'layers')} are not in this model ({short(missing[0])})", fix)
 
 
 def is_the_one(path: Path, sheet: Sheet, base: Base) -> tuple[bool | None, str]:
@@ -226,7 +224,9 @@ def is_the_one(path: Path, sheet: Sheet, base: Base) -> tuple[bool | None, str]:
         if fingerprint == noted:
             return True, ""
         tried.append(fingerprint)
-    return (False, f"made on fingerprint {noted[:12]}, this model's is {tried[0][:12]}, and none in 16, 32, 64 or four bits fits") if tried else (None, "")
+    if not tried:
+        return None, ""
+    return False, f"made on fingerprint {noted[:12]}, this model's is {tried[0][:12]}, and none of {len(tried)} types fits"
 
 
 def tiny_fits(path: Path, base: Base) -> tuple[bool | None, str]:
@@ -282,15 +282,15 @@ def of_run(path: Path, base: Base | None, sheets: list[Sheet]) -> Report:
             report.notes += there.notes
             findings = there.findings + findings
         elif history.get("method") != "full":
-            findings.append(Finding("no adapter", f"{HISTORY} is there, and 0 of its 2 files ({WEIGHTS}, {CONFIG})", "They were moved or removed: run it again"))
+            findings.append(Finding("no adapter", f"{HISTORY} is there, and 0 of the adapter's 2 files", "They were moved or removed: run it again"))
         report.findings += findings
         return report
     state, identity = _checkpoint(path / CHECKPOINT)
     steps, step = identity["steps"], state["step"]
     report = Report(f"{path}: a run of {identity['method'].partition('(')[0]}, {step} of {steps} steps")
     report.findings += _judged(path / CHECKPOINT, state["history"], steps)
-    if not isinstance(identity.get("warmup"), int) or identity["warmup"] >= steps:
-        report.findings.append(Finding("warm-up too long", f"{identity['warmup']} steps of warm-up, in a run of {steps}", "It should end in the first tenth of the run"))
+    if identity["warmup"] >= steps:
+        report.findings.append(Finding("warm-up too long", f"{identity['warmup']} steps of warm-up, in a run of {steps}", progress.WARMUP))
     report.findings += _still_zero(state, step)
     if runs.is_running(path):
         report.notes.append("it is running now")
@@ -313,9 +313,10 @@ def _checkpoint(file: Path) -> tuple[dict, dict]:
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         state, identity = saved["state"], saved["identity"]
-        if not (isinstance(identity["steps"], int) and isinstance(identity["method"], str) and isinstance(state["step"], int)
-                and isinstance(state["trained"], dict) and isinstance(state["history"], dict)):
-            raise ValueError
+        for place, key, kind_ in ((identity, "steps", int), (identity, "warmup", int), (identity, "method", str), (state, "step", int),
+                                  (state, "trained", dict), (state, "history", dict)):
+            if not isinstance(place[key], kind_):
+                raise ValueError
     except Exception as error:
         raise ValueError(f"{file}: not a whole checkpoint ({type(error).__name__}); {START_OVER}") from None
     return state, identity
@@ -327,7 +328,8 @@ def _still_zero(state: dict, step: int) -> Iterator[Finding]:
         found = [tensor for name, tensor in state["trained"].items() if name.endswith(f".{leaf}")]
         if found:
             if step >= live.STEPS and not any(tensor.any() for tensor in found):
-                yield Finding(f"{leaf} is zero", f"in {count(len(found), len(found), 'layers')} after {step} steps", "No gradient reaches it: look at .grad after backward")
+                yield Finding(f"{leaf} is zero", f"{count(len(found), len(found), 'layers')} after {step} steps",
+                              "No gradient reaches it: look at .grad after backward")
             return
 
 
@@ -346,10 +348,10 @@ def command(path: Path, state: dict, identity: dict) -> str:
 
 
 def _task(state: dict, identity: dict) -> str | None:
-    """The built-in task whose first batch is the one that the checkpoint remembers."""
+    """The built-in task whose first batch is the one that the checkpoint remembers, at the contexts that a base may have."""
     seen = (state.get("digests") or {}).get(0)
     for name, task in () if state.get("data") else TASKS.items():
-        for context in {128, 64}:
+        for context in (128, 64, 32, 256):
             batches = task().batches(16, context, identity.get("seed", 0))
             if seen == runs.digest([batches(part) for part in range(identity.get("accumulate", 1))]):
                 return name

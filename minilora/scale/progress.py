@@ -11,6 +11,7 @@ import torch
 from minilora.scale.findings import Finding
 
 ENOUGH = 20                    # steps
+WARMUP = "It should end in the first tenth of the run"
 RISE = 0.05                    # of what the held-out loss had fallen: less is the noise of single steps
 
 
@@ -52,7 +53,7 @@ def _loss(loss: list[float], lr: float) -> Finding | None:
 def _warmup(lr: list[float], steps: int) -> Finding | None:
     if len(lr) > 1 and len(lr) >= steps and all(a < b for a, b in pairwise(lr)):
         return Finding("warm-up too long", f"the rate still rises at the last of {steps} steps, from {lr[0]:.2g} to {lr[-1]:.2g}",
-                       "It should end in the first tenth of the run")
+                       WARMUP)
     return None
 
 

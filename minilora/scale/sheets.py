@@ -66,15 +66,16 @@ class Sheet:
         A, B = (own.get(f"lora_{M}.weight", own.get(f"lora_{M}")) for M in "AB")
         return (A, B) if A is not None and B is not None and A.dim() == B.dim() == 2 and B.shape[1] == len(A) else None
 
-    def update(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """(A, B) in float64 with dW = B A; None where dW cannot be known without W (DoRA), or is no addition to the original W."""
+    def update(self, name: str, into: int) -> tuple[Tensor, Tensor] | None:
+        """A: (rank, in) and B: (out, rank) in float64 with dW = B A, of a layer of so many inputs; None where dW cannot be known without W
+        (DoRA), or is no addition to the original W."""
         own, start = self.layers[name], str(self.config.get("init_lora_weights", ""))
         if self.config.get("use_dora") or self.kind in ("LoftQ", "QPiSSA") or not self.about and start.startswith(OTHER_STARTS):
             return None
         if "vera_lambda_b" in own:
             A, B = (next((tensor for key, tensor in self.beside.items() if key.endswith(f"vera_{M}")), None) for M in "AB")
             b, d = own["vera_lambda_b"].double(), own["vera_lambda_d"].double()
-            return None if A is None or B is None else (d[:, None] * A.double(), b[:, None] * B[:len(b)].double())
+            return None if A is None or B is None else (d[:, None] * A[:, :into].double(), b[:, None] * B[:len(b)].double())
         if self.factors(name) is None or name not in self.scales:
             return None
         A, B = (M.double() for M in self.factors(name))
@@ -124,14 +125,22 @@ def sheet(config: dict, tensors: dict[str, Tensor], about: dict | None = None) -
     found = Sheet(kind, layers, rslora=bool(config.get("use_rslora")), config=config, about=about, beside=beside, keys=list(tensors))
     for name, own in layers.items():
         try:
-            rank, alpha = (by_pattern(config, f"{field}_pattern", name, config[key]) for field, key in (("rank", "r"), ("alpha", "lora_alpha"))) \
-                if config.get("peft_type") == "LORA" else (config["init_r"], config["lora_alpha"]) if "lora_E" in own else (config["r"], None)
-            found.ranks[name] = int(rank)
-            if alpha is not None:
-                found.scales[name] = alpha / (math.sqrt(rank) if found.rslora else rank + (1e-5 if "lora_E" in own else 0))
+            found.ranks[name], scale = _strength(config, name, own)
         except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError, re.error):
             continue
+        if scale is not None:
+            found.scales[name] = scale
     return found
+
+
+def _strength(config: dict, name: str, own: dict[str, Tensor]) -> tuple[int, float | None]:
+    """(rank, s) of a layer, as formats.py reads them; VeRA has no s."""
+    if "vera_lambda_b" in own:
+        return int(config["r"]), None
+    if "lora_E" in own:
+        return int(config["init_r"]), config["lora_alpha"] / (config["init_r"] + 1e-5)
+    rank, alpha = by_pattern(config, "rank_pattern", name, config["r"]), by_pattern(config, "alpha_pattern", name, config["lora_alpha"])
+    return int(rank), alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def plain_key(key: str) -> str:

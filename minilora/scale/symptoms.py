@@ -50,7 +50,8 @@ def strength(sheet: Sheet) -> Finding | None:
     if sheet.rslora and abs(scale) > LARGEST:
         advice = f"rsLoRA divides by √{rank}: alpha / r would be {scale / rank ** 0.5:.3g}. Take an alpha smaller by √{rank}"
     else:
-        advice = "Papers use 1/4 to 8, mostly 1 or 2: " + ("a smaller alpha, or a lower rate" if abs(scale) > LARGEST else "a larger alpha, or a higher rate")
+        smaller = abs(scale) > LARGEST
+        advice = f"Papers use 1/4 to 8, mostly 1 or 2: {'a smaller alpha, or a lower rate' if smaller else 'a larger alpha, or a higher rate'}"
     return Finding("scale", f"s = {scale:.3g} in {count(len(odd), len(sheet.layers), 'layers')}", advice)
 
 
@@ -79,7 +80,7 @@ def of_keys(keys: Collection[str], adapter: bool) -> list[Finding]:
     if whole and len(whole) == len([key for key in keys if not key.startswith("base_model.vera_")]):
         found.append(_prefixed("module.", "DataParallel", whole, keys))
     if twice := [key for key in keys if key.startswith(PREFIX + PREFIX)]:
-        found.append(_prefixed(PREFIX + PREFIX, "PeftModel, twice", twice, keys))
+        found.append(_prefixed(PREFIX + PREFIX, "two PeftModels", twice, keys))
     if adapter and (named := [key for key in keys if NAMED.search(key)]):
         name = NAMED.search(named[0])[2]
         found.append(Finding("name in keys", f"{len(named)} of {len(keys)} keys carry the adapter's name {name!r} ({short(named[0])})",
@@ -90,22 +91,22 @@ def of_keys(keys: Collection[str], adapter: bool) -> list[Finding]:
 
 
 def _prefixed(prefix: str, wrapper: str, named: list[str], keys: Collection[str]) -> Finding:
-    return Finding("wrapper in keys", f"{len(named)} of {len(keys)} keys hold {prefix!r}, as {wrapper} names them ({short(named[0], 32)})",
-                   "Save the model inside, or rename the keys")
+    return Finding("wrapper in keys", f"{len(named)} of {len(keys)} keys hold {prefix!r}, as {wrapper} names them ({short(named[0], 24)})",
+                   "Save the model inside")
 
 
 def _saved_with_adapters(keys: Collection[str]) -> list[Finding]:
     """save_pretrained, or a state dict, of an adapted model: W is there, but under a name that no plain model has."""
     there = set(keys)
     peft = [key for key in keys if key.endswith(".base_layer.weight")]
-    bases = {key.removesuffix(".base.weight"): key for key in keys if key.endswith((".base.weight", ".base.codes"))}
+    bases = {key.rpartition(".base.")[0]: key for key in keys if key.endswith((".base.weight", ".base.codes"))}
     ours = [key for parent, key in bases.items() if {f"{parent}.{leaf}" for leaf in ("A", "b", "P")} & there]
     found = []
-    for named, whose, fix in ((peft, "PEFT", "merge_and_unload() first, or save_pretrained() of the PeftModel"),
-                              (ours, "minilora", "merge() first, or save_adapter() for the adapter alone")):
+    for named, whose, fix in ((peft, "PEFT", "First merge_and_unload()"),
+                              (ours, "minilora", "First merge(), or save_adapter()")):
         if named:
-            found.append(Finding("saved adapted", f"{len(named)} of {len(keys)} tensors are {whose}'s bases ({short(named[0], 40)}): a plain model loads none",
-                                 fix[0].upper() + fix[1:]))
+            what = f"{len(named)} of {len(keys)} tensors are {whose}'s bases, which no plain model loads ({short(named[0], 30)})"
+            found.append(Finding("saved adapted", what, fix))
     if not found and (wrapped := [key for key in keys if key.startswith(PREFIX)]):
         found.append(_prefixed(PREFIX, "PeftModel", wrapped, keys))
     return found
@@ -144,5 +145,6 @@ def _idle_targets(sheet: Sheet) -> Finding | None:
     idle = [target for target in targets if not any(name == target or name.endswith(f".{target}") for name in sheet.layers)]
     if not idle:
         return None
-    return Finding("targets", f"{len(idle)} of {len(targets)} names match no layer ({', '.join(map(short, idle[:3]))}); {len(sheet.layers)} layers have an adapter",
-                   "Look for the name in model.named_modules()")
+    names = ", ".join(short(name, 24) for name in idle[:2])
+    return Finding("targets", f"{len(idle)} of {len(targets)} names match no layer ({names}); {len(sheet.layers)} layers have an adapter",
+                   "Look into model.named_modules()")
