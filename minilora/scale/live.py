@@ -161,8 +161,8 @@ def _not_saved(plain: nn.Module, layers: list[Layer]) -> Iterator[Finding]:
                 and not any(p is getattr(layer.base, "weight", None) for layer in layers)}
         if lost:
             name, p = max(lost.items(), key=lambda pair: pair[1].numel())
-            yield Finding("head not saved", f"{len(lost)} trained tensors are in no modules_to_save ({short(name, 36)}, {p.numel():,} numbers)",
-                          "save_pretrained leaves them out: name their module there")
+            yield Finding("head not saved", f"{len(lost)} trained tensors are in no modules_to_save ({short(name, 32)}, {p.numel():,} numbers)",
+                          "Name their module there")
 
 
 def _tied(plain: nn.Module, layers: list[Layer]) -> Iterator[Finding]:
@@ -180,15 +180,15 @@ def _tied(plain: nn.Module, layers: list[Layer]) -> Iterator[Finding]:
         other = [name for name in several if ".modules_to_save." not in name]
         copies = [name for name in alone if ".modules_to_save." in name
                   and any(name.partition(".modules_to_save.")[0] == there.partition(".original_module.")[0] for there in several)]
-        equal = " = ".join(short(name, 36) for name in (other or several)[:2])
+        equal = " = ".join(short(name, 32) for name in (other or several)[:2])
         if p in bases:
-            yield Finding("tied weights", f"the W of an adapter has {len(several)} names ({equal})", "Merging parts them: take other targets")
+            yield Finding("tied weights", f"the W of an adapter has {len(several)} names ({equal})", "Merging parts them")
         elif p.requires_grad and p not in own:
             yield Finding("tied weights", f"{p.numel():,} trained numbers have {len(several)} names ({equal})", "Both move: untie them first")
         elif len(copies) == 1:
             module = copies[0].partition(".modules_to_save.")[0]
             yield Finding("tied weights", f"a copy of {short(module, 30)} is trained, whose tensor has {len(several)} names",
-                          "Merged, saved and loaded they are one: tie_word_embeddings=False")
+                          "Loaded after a merge they are one: tie_word_embeddings=False")
 
 
 def _optimizer(plain: nn.Module, layers: list[Layer], trained: dict[str, nn.Parameter], optimizers: list[torch.optim.Optimizer]) -> Iterator[Finding]:
@@ -233,10 +233,11 @@ def _coverage(plain: nn.Module, layers: list[Layer]) -> tuple[list[Finding], lis
     apart = {name for name, module in plain.named_modules() if isinstance(module, (nn.Linear, nn.Embedding)) or name in adapted}
     own = [name for name, p in plain.named_parameters() if p.dim() > 1 and name.startswith(lists)
            and not any(parent in apart for parent in _parents(name))]
-    outside = sum(plain.get_parameter(name).numel() for name in own)
+    sizes = {name: plain.get_parameter(name).numel() for name in own}
+    outside = sum(sizes.values())
     within = sum(layer.base.in_features * layer.base.out_features for layer in layers if layer.name in adapted and isinstance(layer.base, nn.Linear))
     if not bare and within and outside > MOST * (outside + within):
-        share = f"{outside / (outside + within):.0%} of the blocks' weights are in none ({listed(map(short, own), 1)})"
+        share = f"{outside / (outside + within):.0%} of the blocks' weights are in none ({short(kind(max(own, key=sizes.get)), 32)})"
         return [Finding("targets", f"all Linears have an adapter, and {share}", "Fused experts or Conv1D")], notes
     return [], notes
 
@@ -322,7 +323,7 @@ def _without_gradient(plain: nn.Module, layers: list[Layer]) -> list[Finding]:
     if not without:
         return []
     trained = sum(1 for layer in layers if layer.trained)
-    return [Finding("no gradient", f"after backward .grad is None in {count(len(without), trained, 'adapters')} ({short(kind(without[0]))})",
+    return [Finding("no gradient", f".grad is None in {count(len(without), trained, 'adapters')} ({short(kind(without[0]), 36)})",
                     _reentrant(plain) or "Not called, no_grad(), detach(), or reentrant?")]
 
 

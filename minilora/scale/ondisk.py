@@ -13,6 +13,7 @@ from minilora.gpt import load_base
 from minilora.methods import METHODS, RATES
 from minilora.quant.linear import quantize
 from minilora.safety import runs
+from minilora.safety.configuration import PREFIX
 from minilora.safety.targets import kind
 from minilora.scale import live, merged, progress, symptoms
 from minilora.scale.findings import Finding, Report, count, short
@@ -162,11 +163,11 @@ def of_adapter(path: Path, base: Base | None, sheets: list[Sheet]) -> Report:
 
 def against(path: Path, sheet: Sheet, base: Base, report: Report) -> Iterator[Finding]:
     """The adapter beside its base: do the layers fit, is it the one, does it hold dW already."""
+    yield from tied(sheet, base)
     unfit = list(misfits(sheet, base))
     if unfit:
         yield unfit[0]
         return
-    yield from tied(sheet, base)
     coverage = _coverage(sheet, base)
     if coverage:
         report.notes.append(coverage)
@@ -195,7 +196,7 @@ def misfits(sheet: Sheet, base: Base) -> Iterator[Finding]:
     for name in sheet.layers:
         key = base.weights.find(f"{name}.weight")
         if key is None:
-            missing.append(name)
+            missing += [name] if not (base.tied_head and is_head(name)) else []
             continue
         found[name] = base.weights.shape(key)
         W, sizes = base.weight(name, sheet), sheet.sizes(name)
@@ -250,11 +251,14 @@ def tied(sheet: Sheet, base: Base) -> Iterator[Finding]:
     """The head of a tied model, adapted or trained apart."""
     if not base.tied_head:
         return
-    heads = [name for name in (*sheet.layers, *(key.removeprefix("base_model.model.").removesuffix(".weight") for key in sheet.beside))
-             if name.rpartition(".")[2] in ("lm_head", "output_projection", "embed_out")]
+    heads = [name for name in (*sheet.layers, *(key.removeprefix(PREFIX).removesuffix(".weight") for key in sheet.beside)) if is_head(name)]
     if heads:
         yield Finding("tied weights", f"it changes {heads[0]}, and 0 of {len(base.weights.keys)} tensors of the base are a head: it is the embedding",
                       "Merged and saved it is lost: untie it first")
+
+
+def is_head(name: str) -> bool:
+    return name.rpartition(".")[2] in ("lm_head", "output_projection", "embed_out")
 
 
 def _coverage(sheet: Sheet, base: Base) -> str:

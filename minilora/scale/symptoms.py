@@ -83,8 +83,8 @@ def of_keys(keys: Collection[str], adapter: bool) -> list[Finding]:
         found.append(_prefixed(PREFIX + PREFIX, "two PeftModels", twice, keys))
     if adapter and (named := [key for key in keys if NAMED.search(key)]):
         name = NAMED.search(named[0])[2]
-        found.append(Finding("name in keys", f"{len(named)} of {len(keys)} keys carry the adapter's name {name!r} ({short(named[0])})",
-                             "PEFT's loader finds none of them: save by save_pretrained"))
+        found.append(Finding("name in keys", f"{len(named)} of {len(keys)} keys carry the adapter's name {name!r} ({short(named[0], 36)})",
+                             "PEFT loads none: use save_pretrained"))
     if not adapter:
         found += _saved_with_adapters(keys)
     return found
