@@ -303,8 +303,13 @@ def test_tied_weights(wake):
 
 
 def test_shared_factors_are_no_tied_weights(wake):
-    model = ml.adapt(small(), ml.VeRA(8))
-    assert not diagnose(wake(model), batch=batches(0))
+    """VeRA's are frozen, LoRA-drop's are trained."""
+    assert not diagnose(wake(ml.adapt(small(), ml.VeRA(8))), batch=batches(0))
+    method = ml.LoRADrop(3, threshold=0.1, warmup_steps=1)
+    model = ml.adapt(small(layers=3), method)
+    method.prepare(model, batches, ml.next_byte_loss, 0.01)
+    pairs = [layer.A for _, layer in ml.adapters(model)]
+    assert len(set(pairs)) < len(pairs) and not diagnose(wake(model), batch=batches(0))
 
 
 def test_what_cannot_be_saved(wake):

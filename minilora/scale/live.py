@@ -12,7 +12,7 @@ from minilora.data import placed
 from minilora.formats import FORMATS
 from minilora.quant.linear import NF4Linear
 from minilora.safety import beside, configuration
-from minilora.safety.targets import kind, listed
+from minilora.safety.targets import kind
 from minilora.scale import merged, symptoms
 from minilora.scale.findings import Finding, Report, count, short
 from minilora.scale.sheets import Sheet, own_sheet, peft_sheet
@@ -183,7 +183,7 @@ def _tied(plain: nn.Module, layers: list[Layer]) -> Iterator[Finding]:
         equal = " = ".join(short(name, 32) for name in (other or several)[:2])
         if p in bases:
             yield Finding("tied weights", f"the W of an adapter has {len(several)} names ({equal})", "Merging parts them")
-        elif p.requires_grad and p not in own:
+        elif p.requires_grad:
             yield Finding("tied weights", f"{p.numel():,} trained numbers have {len(several)} names ({equal})", "Both move: untie them first")
         elif len(copies) == 1:
             module = copies[0].partition(".modules_to_save.")[0]
@@ -237,7 +237,7 @@ def _coverage(plain: nn.Module, layers: list[Layer]) -> tuple[list[Finding], lis
     outside = sum(sizes.values())
     within = sum(layer.base.in_features * layer.base.out_features for layer in layers if layer.name in adapted and isinstance(layer.base, nn.Linear))
     if not bare and within and outside > MOST * (outside + within):
-        share = f"{outside / (outside + within):.0%} of the blocks' weights are in none ({short(kind(max(own, key=sizes.get)), 32)})"
+        share = f"{outside / (outside + within):.0%} of the blocks' weights are in none ({short(kind(max(own, key=sizes.get)), 40)})"
         return [Finding("targets", f"all Linears have an adapter, and {share}", "Fused experts or Conv1D")], notes
     return [], notes
 

@@ -8,7 +8,7 @@ before a merge, whatever the rate; after one, 88 % and more where dW is long eno
 layers in four, of eight at least; and where they do not agree, nothing is said. (DoRA shortens rows, so its dW looks along W; it is not judged so.)
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
