@@ -9,6 +9,7 @@
     claims     [--results FILE]                        the papers' headlines, judged by what compare measured
     capacity   --out DIR                               facts remembered against rank; AdaLoRA's ranks as a film
     cost       [--shape chatglm-6b] --method lora …    what a method costs, measured here; on a real model by the same formulas
+    doctor     [MODEL|ADAPTER|RUN …] [--base MODEL]    the usual confusions, named from evidence; exit code 1 where there is one
     pretrain   --out FILE                              how the shipped base was made
 """
 
@@ -18,13 +19,13 @@ import sys
 import warnings
 
 from minilora import __version__
-from minilora.commands import compare, cost, finetune, generate, pretrain
+from minilora.commands import compare, cost, doctor, finetune, generate, pretrain
 from minilora.commands.arguments import Parser
 from minilora.safety.runs import stoppable
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns its exit code: 0, 2 for bad input (one line says what), 130 after Ctrl-C, 143 after kill."""
+    """Run one command. Returns its exit code: 0, 1 where doctor finds something, 2 for bad input (one line says what), 130 after Ctrl-C, 143: kill."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")          # a terminal without UTF-8 shows ? and goes on
@@ -47,7 +48,7 @@ def parser() -> Parser:
     top = Parser(prog="minilora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"minilora {__version__}")
     commands = top.add_subparsers(required=True, metavar="command", parser_class=Parser)
-    for command in (finetune, generate, compare, cost, pretrain):
+    for command in (finetune, generate, compare, cost, doctor, pretrain):
         command.add(commands)
     return top
 

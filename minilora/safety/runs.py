@@ -153,6 +153,22 @@ def lock_of(path: Path) -> Path:
     return path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
 
 
+def is_running(path: Path) -> bool:
+    """Whether a run lives in `path` now. Nothing is written; a lock file that a killed run has left does not count."""
+    try:
+        with open(lock_of(path), "rb") as file:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            else:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:                            # no lock file; or a file system without locks
+        return False
+    return False
+
+
 def _locked(lock: Path, path: Path) -> IO:
     while True:
         try:
