@@ -545,15 +545,16 @@ def test_each_link_can_break(diagnose, link):
         must_say(diagnose, [layer("b", scale=7.1) if link != "odd scale" else layer("b"), sick | {"name": "a"}, layer(), sick | {"name": "z"}], link, ["a", "z"])
 
 
-@pytest.mark.parametrize("first, later", [*itertools.combinations(LINKS, 2)], ids=" before ".join)
-def test_the_first_broken_link_is_the_cause(diagnose, first, later):
+@pytest.mark.parametrize("first", LINKS[:-1])
+def test_the_first_broken_link_is_the_cause(diagnose, first):
     """Two sick layers: the one whose link comes first in the chain, wherever it stands in the list."""
     def sick(name, link):
         change = SICK[link][0]
         return layer(name, scale=change.get("scale"), **{key: what for key, what in change.items() if key != "scale"})
 
-    one, other = sick("early", first), sick("late", later)
-    for layers in ([one, other], [other, layer(), one]):
+    for later, turned in itertools.product(LINKS[LINKS.index(first) + 1:], (False, True)):
+        one, other = sick("early", first), sick("late", later)
+        layers = [other, layer(), one] if turned else [one, other]
         must_say(diagnose, layers, first, ["early"], f"two links are broken, {first!r} in one layer and {later!r} in another: the first of the chain is the cause, whatever the order of layers")
 
 
