@@ -61,8 +61,12 @@ def method_named(name):
 def train(model, method, processes, batches=batches, steps=4, **options):
     """As every run here is trained: two batches a step, clipped."""
     targets = None if method.trains_base else ["q_proj", "down_proj"]
-    return ml.finetune(model, method, batches, steps, 0.01, seed=3, **{"targets": targets, "loss_fn": loss_of, "accumulate": 2, "clip": 0.5, "weight_decay": 0.01, "progress": False,
-                                                                       "processes": processes, **options})
+    usual = {"targets": targets, "loss_fn": loss_of, "accumulate": 2, "clip": 0.5, "weight_decay": 0.01, "progress": False}
+    return ml.finetune(model, method, batches, steps, 0.01, seed=3, processes=processes, **(usual | options))
+
+
+def held_out(model):
+    return ml.held_out_loss(model, batches(9)[0])
 
 
 class Experts(nn.Module):
@@ -144,7 +148,7 @@ def other_runs(processes):
     """float32; experts; pages; recomputed blocks."""
     found = {}
     model = small(torch.float32)
-    found["float32"] = train(model, method_named("lora"), processes, evaluate=lambda model: ml.held_out_loss(model, batches(9)[0]), evaluate_every=2), state(model)
+    found["float32"] = train(model, method_named("lora"), processes, evaluate=held_out, evaluate_every=2), state(model)
     for name, method in (("experts", ml.LoRA(2)), ("experts with a penalty", ml.AdaLoRA(3, 2))):
         found[name] = experts(method, processes)
     for name, options in (("paged", {"optimizer": functools.partial(ml.PagedAdamW, budget=400)}), ("recomputed", {"checkpointing": "non-reentrant"})):
@@ -257,7 +261,8 @@ def everything(out, rank):
     found["resumed"] = job(lambda processes: with_dropout(processes, batches, place))
     found["two"] = job(lambda processes: train(small(), method_named("lora"), processes, stopping(2), checkpoint=out / "two.pt"))
     model = small()
-    found["from one"] = job(lambda processes: train(model, method_named("lora"), processes, checkpoint=out / ("one.pt" if rank == 0 else "never.pt"))), state(model)
+    there = out / ("one.pt" if rank == 0 else "never.pt")
+    found["from one"] = job(lambda processes: train(model, method_named("lora"), processes, checkpoint=there)), state(model)
     found["errors"] = errors(rank, out)
     base = ["--base", str(out / "base.safetensors"), "--out"]
     found["command"] = command(*QLORA, *base, str(out / "straight"))

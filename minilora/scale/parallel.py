@@ -61,14 +61,16 @@ def several(shard: bool = False, timeout: float = 1800.0, check_every: int = 50)
     """
     if not there_are_several():
         if shard:
-            raise ValueError("to shard is to cut the base over several processes, and there is one: torchrun --nproc-per-node 2 -m minilora finetune … --shard")
+            raise ValueError("to shard is to cut the base over several processes, and there is one: torchrun --nproc-per-node 2 -m minilora finetune … "
+                             "--shard")
         yield OneProcess()
         return
     device = torch.device("cpu")
     if torch.cuda.is_available():
         here, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if here > there:
-            raise ValueError(f"{here} processes on a machine with {there} GPUs: start one for each, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU")
+            raise ValueError(f"{here} processes on a machine with {there} GPUs: start one for each, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on "
+                             "the CPU")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     store, rank, count = next(dist.rendezvous("env://"))
@@ -138,14 +140,16 @@ class Processes(OneProcess):
         read = parts(0)
         fewest = min(map(rows, read))
         if fewest < self.count:
-            raise ValueError(f"{self.count} processes and a batch of {fewest} rows: each needs one at least; start fewer processes, or read larger batches")
+            raise ValueError(f"{self.count} processes and a batch of {fewest} rows: each needs one at least; start fewer processes, or read larger "
+                             "batches")
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
                 raise ValueError(f"{name} is a {type(module).__name__}, which would take its means from each process's own rows; "
                                  "nn.SyncBatchNorm.convert_sync_batchnorm(model) takes them from all")
         if loss.checkpointing == "reentrant":
             raise ValueError("reentrant checkpointing hides from the processes which parameters a step uses; take checkpointing='non-reentrant'")
-        self.compare({"method": repr(method), "learning rate": loss.lr, "seed": seed, "first batch": digest(read)[:12], "base": base_fingerprint(model)[:12]})
+        self.compare({"method": repr(method), "learning rate": loss.lr, "seed": seed, "first batch": digest(read)[:12],
+                      "base": base_fingerprint(model)[:12]})
         if self.shard:
             shard_base(model, self.device, self.count)
         self.model, self.average = model, None
@@ -155,7 +159,8 @@ class Processes(OneProcess):
         for rank, theirs in enumerate(self.gathered(mine)):
             for key, value in mine.items():
                 if theirs[key] != value:
-                    raise ValueError(f"rank {rank} was started with another {key} than rank {self.rank} ({theirs[key]} and {value}): give all the same command")
+                    raise ValueError(f"rank {rank} was started with another {key} than rank {self.rank} ({theirs[key]} and {value}): give all the same "
+                                     "command")
 
     def averaging(self, loss: "SharedLoss", model: nn.Module, method: Method, batches: int) -> DistributedDataParallel:
         """The step's loss, and around it what averages the gradients. Made at the first step, when it is settled what is trained."""
