@@ -7,6 +7,7 @@ import copy
 import json
 import shutil
 import warnings
+from random import Random
 
 import pytest
 import torch
@@ -441,7 +442,8 @@ def test_quantized_bases_are_known_by_their_fingerprint(folder, base):
 
 
 @pytest.mark.parametrize("method", [ml.LoRA(3, alpha=5), ml.LoRA(3, alpha=5, rslora=True), ml.PiSSA(3), ml.DeltaLoRA(2, alpha=4),
-                                    ml.AdaLoRA(4, total_steps=9), ml.VeRA(8), ml.LoRADrop(3)], ids=["LoRA", "rsLoRA", "PiSSA", "Delta-LoRA", "AdaLoRA", "VeRA", "LoRA-drop"])
+                                    ml.AdaLoRA(4, total_steps=9), ml.VeRA(8), ml.LoRADrop(3)],
+                         ids=["LoRA", "rsLoRA", "PiSSA", "Delta-LoRA", "AdaLoRA", "VeRA", "LoRA-drop"])
 @pytest.mark.parametrize("times", [1, 2])
 def test_merged_twice_by_the_original(method, times, folder, base, tmp_path):
     out, model = folder(method), small()
@@ -784,6 +786,35 @@ def test_bad_input_is_one_line_and_exit_code_2(what, said, tmp_path, capsys):
     assert main(["doctor", str(path)]) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1 and err.startswith(f"minilora: {path}") and said in err
+
+
+JUNK = [None, True, 0, -1, 1e400, "", "(", [], [1], ["q_proj"], {}, {"(": 2}, [None], "all-linear"]
+
+
+def test_whatever_is_written_there_is_judged_or_refused(folder, base, tmp_path):
+    """Fields, metadata and tensors at random: a report, or a ValueError that names the file; never another error."""
+    dice, refused = Random(0), 0
+    sources = [folder(method, name=type(method).__name__) for method in (ml.LoRA(2), ml.VeRA(4), ml.AdaLoRA(3, total_steps=5), ml.PiSSA(2))]
+    for _ in range(60):
+        out = shutil.copytree(dice.choice(sources), tmp_path / "out", dirs_exist_ok=True)
+        tensors, config = load_file(out / storage.WEIGHTS), json.loads((out / storage.CONFIG).read_text())
+        with safe_open(out / storage.WEIGHTS, "pt") as opened:
+            metadata = opened.metadata()
+        about, key = json.loads(metadata["minilora"]), dice.choice(sorted(tensors))
+        dice.choice([lambda: config.update({dice.choice([*config, "rank_pattern", "task_type", "init_r"]): dice.choice(JUNK)}),
+                     lambda: about.update({dice.choice(["method", "fields", "layers", "base", "others"]): dice.choice(JUNK)}),
+                     lambda: metadata.update(minilora=json.dumps(dice.choice(JUNK))),
+                     lambda: tensors.pop(key), lambda: tensors.update({key: tensors[key].flatten()}), lambda: tensors.update({key: torch.zeros(3, 5)}),
+                     lambda: tensors.update({key: tensors[key].long()})])()
+        if metadata["minilora"].startswith('{"method"'):
+            metadata["minilora"] = json.dumps(about)
+        edited(out, tensors, metadata, **config)
+        try:
+            examine([out, base], base)
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(str(out)) and "\n" not in str(error)
+    assert 5 < refused < 55
 
 
 def test_bad_arguments(folder, base, capsys):

@@ -238,7 +238,7 @@ def _coverage(plain: nn.Module, layers: list[Layer]) -> tuple[list[Finding], lis
     within = sum(layer.base.in_features * layer.base.out_features for layer in layers if layer.name in adapted and isinstance(layer.base, nn.Linear))
     if not bare and within and outside > MOST * (outside + within):
         share = f"{outside / (outside + within):.0%} of the blocks' weights are in none ({short(kind(max(own, key=sizes.get)), 40)})"
-        return [Finding("targets", f"all Linears have an adapter, and {share}", "Fused experts or Conv1D")], notes
+        return [Finding("targets", f"all Linears have an adapter, and {share}", "Experts? Conv1D?")], notes
     return [], notes
 
 

@@ -45,10 +45,3 @@ def held(found: Iterable[float | None], enough: int = ENOUGH) -> Held | None:
 def unmoved(before: Tensor, after: Tensor) -> tuple[int, int]:
     """(how many weights are stored as the same number as before, of how many)."""
     return int((before.to(after.dtype) == after).sum()), after.numel()
-
-
-def lost_in(W: Tensor, dW: Tensor, dtype: torch.dtype) -> tuple[int, int]:
-    """What merging into `dtype` would leave as it is: |dW| below half a step there. Weights whose dW is 0 do not count."""
-    base = W.to(dtype)
-    same = (base.to(torch.float64) + dW).to(dtype) == base
-    return int((same & (dW != 0)).sum()), int((dW != 0).sum())

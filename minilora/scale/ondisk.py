@@ -179,7 +179,7 @@ def against(path: Path, sheet: Sheet, base: Base, report: Report) -> Iterator[Fi
     for name in sheet.layers:
         W = base.weight(name, sheet)
         pair = None if W is None else sheet.update(name, W.shape[1])
-        if pair is not None:
+        if pair is not None and W.shape == (len(pair[1]), pair[0].shape[1]):
             t.append(merged.projection(W, *pair))
     told = merged.held(t)
     if told and told.times >= 1:
@@ -243,7 +243,7 @@ def tiny_fits(path: Path, base: Base) -> tuple[bool | None, str]:
                 break
     if UNFIT not in said:
         return None, ""
-    here = re.search(r"fingerprint (\w+), this model's is (\w+)", said)
+    here = re.search(r"fingerprint (.*), this model's is (\w+)", said, re.DOTALL)
     return False, f"made on the base of fingerprint {here[1]}, and this one's is {here[2]}"
 
 
@@ -317,10 +317,10 @@ def _checkpoint(file: Path) -> tuple[dict, dict]:
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         state, identity = saved["state"], saved["identity"]
-        for place, key, kind_ in ((identity, "steps", int), (identity, "warmup", int), (identity, "method", str), (state, "step", int),
-                                  (state, "trained", dict), (state, "history", dict)):
-            if not isinstance(place[key], kind_):
-                raise ValueError
+        kinds = {"steps": int, "warmup": int, "method": str, "seed": int, "accumulate": int, "step": int, "trained": dict, "history": dict,
+                 "digests": dict}
+        if not all(isinstance((identity if key in identity else state)[key], kind_) for key, kind_ in kinds.items()):
+            raise ValueError
     except Exception as error:
         raise ValueError(f"{file}: not a whole checkpoint ({type(error).__name__}); {START_OVER}") from None
     return state, identity

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from minilora.adapter import Adapter, Method
 from minilora.formats import FORMATS, by_pattern
-from minilora.safety.configuration import PREFIX
+from minilora.safety.configuration import KINDS, PREFIX
 from minilora.scale.weights import read_json
 from minilora.storage import CONFIG, WEIGHTS
 
 BIN = "adapter_model.bin"
 ENDS = re.compile(r"\.(lora_[AB]\.weight|lora_[ABE]|lora_magnitude_vector(\.weight)?|lora_embedding_[AB]|vera_lambda_[bd]|minilora_B_K)$")
+OURS = {"method": str, "fields": dict, "layers": list, "base": str}      # what our metadata must say
 IN_FOUR_BITS = ("QLoRA", "LoftQ", "QPiSSA")
 OTHER_STARTS = ("pissa", "olora", "loftq", "corda", "lora_ga")       # of PEFT, which alter W: dW is then no addition to the original
 
@@ -75,7 +76,9 @@ class Sheet:
         if "vera_lambda_b" in own:
             A, B = (next((tensor for key, tensor in self.beside.items() if key.endswith(f"vera_{M}")), None) for M in "AB")
             b, d = own["vera_lambda_b"].double(), own["vera_lambda_d"].double()
-            return None if A is None or B is None else (d[:, None] * A[:, :into].double(), b[:, None] * B[:len(b)].double())
+            if A is None or B is None or A.dim() != 2 or A.shape[1] < into or B.dim() != 2 or len(B) < len(b) or not len(d) == len(A) == B.shape[1]:
+                return None
+            return d[:, None] * A[:, :into].double(), b[:, None] * B[:len(b)].double()
         if self.factors(name) is None or name not in self.scales:
             return None
         A, B = (M.double() for M in self.factors(name))
@@ -105,9 +108,34 @@ def read_sheet(folder: Path) -> Sheet:
         raise ValueError(f"{weights_file}: no such file") from None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{weights_file}: no whole safetensors file ({str(error).splitlines()[0]})") from None
-    if not isinstance(about, dict) or about and not isinstance(about.get("method"), str):
+    for name, kind in KINDS.items():
+        if config.get(name) is not None and not kind(config[name]):
+            raise ValueError(f"{config_file}: {name} = {config[name]!r} is not what PEFT writes there")
+    if about and not (isinstance(about, dict) and all(isinstance(about.get(key), kind) for key, kind in OURS.items())
+                      and _are_objects(about.get("others", {}))):
         raise ValueError(f"{weights_file}: its metadata does not say which adapter this is")
-    return sheet(config, tensors, about)
+    found = sheet(config, tensors, about)
+    for name, own in found.layers.items():
+        if not _fit(own):
+            shapes = ", ".join(f"{end} {tuple(tensor.shape)}" for end, tensor in own.items())
+            raise ValueError(f"{weights_file}: the tensors of {name} do not fit together: {shapes}")
+    return found
+
+
+def _are_objects(others: object) -> bool:
+    return isinstance(others, dict) and all(isinstance(other, dict) for other in others.values())
+
+
+def _fit(own: dict[str, Tensor]) -> bool:
+    """Whether one layer's tensors make an update. Convolutions and embeddings have other shapes, and are not judged."""
+    if "vera_lambda_b" in own or "vera_lambda_d" in own:
+        return own.keys() == {"vera_lambda_b", "vera_lambda_d"} and all(vector.dim() == 1 for vector in own.values())
+    A, B, E = (own.get(f"lora_{M}.weight", own.get(f"lora_{M}")) for M in "ABE")
+    if A is None or B is None:
+        return "lora_embedding_A" in own and "lora_embedding_B" in own
+    if E is not None and (E.dim() != 2 or E.shape != (len(A), 1)):
+        return False
+    return A.dim() > 1 and B.dim() > 1 and (A.dim() != 2 or B.shape[1] == len(A))
 
 
 def sheet(config: dict, tensors: dict[str, Tensor], about: dict | None = None) -> Sheet:
