@@ -21,9 +21,9 @@ from minilora import data, plots, storage
 from minilora.__main__ import main
 from minilora.methods import METHODS, make_method
 from minilora.safety import runs
-from minilora.scale import merged, progress
+from minilora.scale.doctor import merged, progress
 from minilora.scale.doctor import diagnose, examine, machine
-from minilora.scale.findings import WIDTH, Finding, Report
+from minilora.scale.doctor.findings import WIDTH, Finding, Report
 
 CONFIG = ml.GPTConfig(context=32, width=16, layers=2, heads=2)
 
@@ -599,7 +599,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ml.TinyGPT, "generate", lambda self, prompt, *_, **__: generate(self, prompt, 1))
         patch.setattr(plots, "loss_curve", lambda *_: Figure(figsize=(1, 1)))
-        patch.setattr("minilora.commands.finetune.scores", lambda *_: {"bits_per_byte": 1.0, "world_bits_per_byte": 1.0})
+        patch.setattr("minilora.commands.bases.ByteBase.scores", lambda *_: {"bits_per_byte": 1.0, "world_bits_per_byte": 1.0})
         words = ["finetune", "--task", "voice", "--base", str(folder / "base.safetensors"), "--rank", "3", "--seed", "4"]
         assert main([*words, "--steps", "30", "--out", str(folder / "run")]) == 0
         zero_grad, cleared = torch.optim.AdamW.zero_grad, []

@@ -19,7 +19,7 @@ import minilora as ml
 from minilora import storage
 from minilora.__main__ import main
 from minilora.scale.doctor import diagnose, examine
-from minilora.scale.weights import Weights, fingerprints
+from minilora.scale.doctor.weights import Weights, fingerprints
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 transformers.logging.set_verbosity_error()

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from minilora.gpt import load_base
-from minilora.scale import live
-from minilora.scale.findings import Finding, Report
-from minilora.scale.ondisk import examine
+from minilora.scale.doctor import live
+from minilora.scale.doctor.findings import Finding, Report
+from minilora.scale.doctor.ondisk import examine
 from minilora.storage import base_fingerprint
 from minilora.training import next_byte_loss
 

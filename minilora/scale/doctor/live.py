@@ -13,9 +13,9 @@ from minilora.formats import FORMATS
 from minilora.quant.linear import NF4Linear
 from minilora.safety import beside, configuration
 from minilora.safety.targets import kind
-from minilora.scale import merged, symptoms
-from minilora.scale.findings import Finding, Report, count, short
-from minilora.scale.sheets import Sheet, own_sheet, peft_sheet
+from minilora.scale.doctor import merged, symptoms
+from minilora.scale.doctor.findings import Finding, Report, count, short
+from minilora.scale.doctor.sheets import Sheet, own_sheet, peft_sheet
 
 STEPS = 2          # of an optimizer, after which B has moved: a warm-up may begin with a rate of 0
 MOST = 0.5         # of the blocks' weights: where more lie outside nn.Linear, "all linear layers" is the smaller part

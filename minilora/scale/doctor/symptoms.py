@@ -11,8 +11,8 @@ from torch import Tensor
 from minilora.formats import FORMATS
 from minilora.safety.configuration import PREFIX
 from minilora.safety.targets import kind, listed
-from minilora.scale.findings import Finding, count, short
-from minilora.scale.sheets import NAMED, WRAPPERS, Sheet
+from minilora.scale.doctor.findings import Finding, count, short
+from minilora.scale.doctor.sheets import NAMED, WRAPPERS, Sheet
 
 LARGEST, SMALLEST = 8.0, 1 / 16
 

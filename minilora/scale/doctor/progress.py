@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from minilora.scale.findings import Finding
+from minilora.scale.doctor.findings import Finding
 
 ENOUGH = 20                    # steps
 WARMUP = "It should end in the first tenth of the run"

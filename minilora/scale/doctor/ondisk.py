@@ -15,10 +15,10 @@ from minilora.quant.linear import quantize
 from minilora.safety import runs
 from minilora.safety.configuration import PREFIX
 from minilora.safety.targets import kind
-from minilora.scale import live, merged, progress, symptoms
-from minilora.scale.findings import Finding, Report, count, short
-from minilora.scale.sheets import BIN, IN_FOUR_BITS, Sheet, read_sheet
-from minilora.scale.weights import Weights, fingerprints, read_json
+from minilora.scale.doctor import live, merged, progress, symptoms
+from minilora.scale.doctor.findings import Finding, Report, count, short
+from minilora.scale.doctor.sheets import BIN, IN_FOUR_BITS, Sheet, read_sheet
+from minilora.scale.doctor.weights import Weights, fingerprints, read_json
 from minilora.storage import CONFIG, START_OVER, WEIGHTS, base_fingerprint, load_adapter
 
 HISTORY, CHECKPOINT, MODEL = "history.json", "checkpoint.pt", "model.safetensors"        # what `finetune` writes, see commands/finetune.py
