@@ -114,14 +114,15 @@ STAGES = {
 
 def publish() -> None:
     """All stages but the pilot as one file, and what the pilot said."""
-    files = sorted(file for file in FOLDER.glob("*/results.json") if not file.parent.name.startswith("pilot"))
-    whole = compare.joined([compare.read(file) for file in files])
+    contents = [compare.read(file) for file in sorted(FOLDER.glob("*/results.json")) if not file.parent.name.startswith("pilot")]
+    made = Counter((run["task"], Entry.of(run)) for content in contents for run in content["runs"] if run["seed"] < SEEDS)
+    ready = {task for task in compare.TASKS if all(made[task, entry] == SEEDS for entry in claims.FIRST[:4])}         # else nothing is there to compare with
+    whole = compare.joined([content for content in contents if all(task.split()[-1] in ready for task in content["about"]["tasks"])])
     whole["runs"] = [run for run in whole["runs"] if run["seed"] < SEEDS]
     whole["runs"].sort(key=lambda run: [*compare.TASKS].index(run["task"]))
-    made = Counter((run["task"], Entry.of(run)) for run in whole["runs"])
     for part in ("search", "runs"):                        # an entry whose runs are not all there waits
-        whole[part] = [record for record in whole[part] if made[record["task"], Entry.of(record)] >= SEEDS]
-    whole["about"]["pilot"] = {task: {} for task in whole["about"]["tasks"]}
+        whole[part] = [record for record in whole[part] if made[record["task"], Entry.of(record)] == SEEDS]
+    whole["about"]["pilot"] = {task: {} for task in compare.TASKS if task in ready}
     for task, about in whole["about"]["pilot"].items():
         for steps in (200, 400, 800):
             runs = compare.read(FOLDER / f"pilot-{steps}-{task}" / "results.json")["grid"]
