@@ -49,7 +49,7 @@ def test_every_method_was_measured_at_every_width_and_batch():
     assert {record["stage"] for record in PUBLISHED["records"]} == {"steps", "imports", "disk", "nf4", "growth"}
 
 
-@pytest.mark.parametrize("middle, said", [(0.804, "yes"), (0.806, "no: DoRA at width 512, 1,024 bytes 0.81")])
+@pytest.mark.parametrize("middle, said", [(0.804, "yes"), (0.806, "in 5 of 6, not by DoRA at width 512 and 1,024 bytes, 0.81")])
 def test_an_aim_is_judged_by_the_worst_median_to_two_decimals(middle, said):
     content = copy.deepcopy(PUBLISHED)
     for record in content["records"]:
@@ -58,14 +58,14 @@ def test_an_aim_is_judged_by_the_worst_median_to_two_decimals(middle, said):
             if (record["width"], record["rows"]) == (512, 8):
                 record["ratio"] = [0.7, middle, 2.0]
     cells = row(content, "DoRA: at most 0.8")
-    assert cells[1] == said and cells[2].startswith(f"{middle:.2f} (0.70–2.00)") and cells[3] == "6"
+    assert cells[1] == said and cells[2].startswith(f"{middle:.2f} (0.70–2.00)")
 
 
 def test_a_method_that_peft_has_not_is_judged_by_no_aim():
     slow = [9.0, 9.0, 9.0]
     first = "every method PEFT has"
     assert row(changed(slow, stage="steps", method="delta-lora", width=128, rows=2), first) == row(PUBLISHED, first)
-    assert "LoRA+ at width 128, 256 bytes 9.00" in row(changed(slow, stage="steps", method="lora-plus", width=128, rows=2), first)[1]
+    assert "LoRA+ at width 128 and 256 bytes, 9.00" in row(changed(slow, stage="steps", method="lora-plus", width=128, rows=2), first)[1]
 
 
 def test_a_stage_that_was_not_measured_is_left_out_and_its_aim_says_so():
