@@ -36,8 +36,8 @@ A ratio is ours over theirs: **below 1 we take less.** Times are CPU time of one
 a busy one the turns of other programs are not in it. The two take turns step by step, who goes first alternates, and each pair gives a
 ratio: written are the median and, in brackets, the middle half.
 
-{about['cores']} cores, of which one is used; {about['machine']}; {versions}. (bitsandbytes has faster 4-bit kernels for CPUs in a
-package of their own, `kernels`, which is not installed here.)
+{about['cores']} cores, of which one is used; {about['machine']}; {versions}.
+(bitsandbytes has faster 4-bit kernels for CPUs in a package of their own, `kernels`, which is not installed here.)
 
 ## What was aimed at
 
@@ -122,22 +122,22 @@ def aims(stages: dict[str, list[dict]]) -> str:
             aim("quantize to NF4: at most 0.9 of bitsandbytes'", 0.9, [record for record in stages["nf4"] if record["what"] == "quantize"]),
             aim("dequantize: at most 1.2 of bitsandbytes'", 1.2, [record for record in stages["nf4"] if record["what"] == "dequantize"]),
             aim("`import minilora`: at most 1.2 of `import torch`", 1.2, [record for record in stages["imports"] if record["package"] == "minilora"])]
-    return table(["aim", "reached", "the worst", "of"], rows)
+    return table(["aim", "reached", "the worst"], rows)
 
 
 def aim(words: str, limit: float, records: list[dict]) -> list[str]:
     """Judged by the worst median, to two decimals."""
     if not records:
-        return [words, "not measured", "", ""]
+        return [words, "not measured", ""]
     worst = max(records, key=lambda record: record["ratio"][1])
     missed = [record for record in records if round(record["ratio"][1], 2) > limit]
-    names = "; ".join(f"{where(record)} {record['ratio'][1]:.2f}" for record in missed)
-    return [words, f"no: {names}" if missed else "yes", f"{interval(worst['ratio'])}, {where(worst)}", str(len(records))]
+    names = "; ".join(f"{where(record)}, {record['ratio'][1]:.2f}" for record in missed)
+    return [words, f"in {len(records) - len(missed)} of {len(records)}, not by {names}" if missed else "yes", f"{interval(worst['ratio'])}, {where(worst)}"]
 
 
 def where(record: dict) -> str:
     if record["stage"] == "steps":
-        return f"{NAMES[record['method']]} at width {record['width']}, {BYTES * record['rows']:,} bytes"
+        return f"{NAMES[record['method']].partition(',')[0]} at width {record['width']} and {BYTES * record['rows']:,} bytes"
     if record["stage"] == "nf4":
         return "scales in 8 bits" if record["double"] else "scales in float32"
     return record["package"]
@@ -165,10 +165,9 @@ def alive(records: list[dict]) -> str:
     by_method: dict[str, list[float]] = {}
     for record in records:
         by_method.setdefault(record["method"], []).append(record["alive"][0] / record["alive"][1])
-    same = [NAMES[method] for method, found in by_method.items() if all(round(ratio, 2) == 1 for ratio in found)]
-    other = [f"{NAMES[method]} {min(found):.2f}" + (f" to {max(found):.2f}" if round(max(found), 2) > round(min(found), 2) else "") + " times"
-             for method, found in by_method.items() if NAMES[method] not in same]
-    return "; ".join([*other, f"as many bytes as PEFT: {', '.join(same)}" if same else ""]).strip("; ")
+    other = [f"{NAMES[method]} {min(found):.2f}" + (f" to {max(found):.2f}" if round(max(found), 2) > round(min(found), 2) else "") + " times PEFT's"
+             for method, found in by_method.items() if any(round(ratio, 2) != 1 for ratio in found)]
+    return "; ".join([*other, "every other method as many as PEFT's, to a hundredth"])
 
 
 def disk_table(records: list[dict]) -> str:

@@ -79,11 +79,12 @@ class NF4Tensor:
         """`shape`: level[code] · scale, computed in float32, in `dtype` or else in the dtype that was quantized."""
         n, size = self.shape.numel(), self.block_size
         w = torch.empty(2 * len(self.codes), dtype=dtype or self.dtype, device=self.codes.device)
-        two_levels = TWO_LEVELS.to(w.device)
-        scales = self.scales[:, None]
+        two_levels, scales = TWO_LEVELS.to(w.device), self.scales[:, None]
+        pairs = torch.empty(min(CHUNK, len(w)) // 2, dtype=torch.int64, device=w.device)      # each chunk writes over it: new memory costs time
         for start in range(0, n, CHUNK):                                              # a multiple of every block size
             stop = min(start + CHUNK, len(w))
-            levels = two_levels.index_select(0, self.codes[start // 2:stop // 2].int()).view(torch.float32)
+            codes = self.codes[start // 2:stop // 2]
+            levels = torch.index_select(two_levels, 0, codes.int(), out=pairs[:len(codes)]).view(torch.float32)
             full = len(levels) // size * size
             first, blocks = start // size, full // size
             torch.mul(levels[:full].view(-1, size), scales[first:first + blocks], out=w[start:start + full].view(-1, size))

@@ -18,29 +18,29 @@ IDS = bench.batch(2, 16)
 
 def pair(name):
     one = bench.PAIRS[name]
-    return bench.Ours(one.ours, bench.base(32, 2, 16)), bench.Theirs(one, bench.base(32, 2, 16))
+    return bench.Ours(one.ours, bench.base(64, 2, 16)), bench.Theirs(one, bench.base(64, 2, 16))
 
 
 def loss(side):
+    """In training mode: B = 0 hides dropout at the start, and in eval mode bitsandbytes turns its weights into 16 bits."""
     with torch.no_grad():
-        return ml.next_byte_loss(side.model.eval(), IDS[:, :-1], IDS[:, 1:]).item()
+        return ml.next_byte_loss(side.model.train(), IDS[:, :-1], IDS[:, 1:]).item()
 
 
 @pytest.mark.parametrize("name", [name for name in bench.PAIRS if name not in WITHOUT])
-def test_both_train_as_many_numbers_and_begin_at_one_loss(name, monkeypatch):
-    monkeypatch.setitem(bench.PAIRS, name, bench.PAIRS[name])
+def test_both_train_as_many_numbers_and_begin_at_one_loss(name):
     ours, theirs = pair(name)
     trained = [sum(p.numel() for p in side.model.parameters() if p.requires_grad) for side in (ours, theirs)]
     assert trained[0] == trained[1] > 0
     assert isinstance(theirs.model, peft.PeftModel) and len(list(ml.adapters(ours.model))) == 12
     if name != "loftq":                                   # which does not start at its 4-bit base
-        assert loss(ours) == pytest.approx(loss(theirs), rel=1e-6)
+        near = 1e-5 if name == "qlora" else 1e-6         # the scales' mean is taken in float64 here, there in float32
+        assert loss(ours) == pytest.approx(loss(theirs), rel=near)
     before = loss(ours), loss(theirs)
     for side in (ours, theirs):
-        side.model.train()
-        for _ in range(3):
+        for _ in range(12):
             side.step(IDS)
-    assert loss(ours) < before[0] and loss(theirs) < before[1] and ours.done == theirs.done == 3
+    assert loss(ours) < before[0] and loss(theirs) < before[1] and ours.done == theirs.done == 12
 
 
 @pytest.mark.parametrize("name", WITHOUT)
@@ -52,8 +52,8 @@ def test_what_peft_has_not_stands_beside_its_lora(name):
 
 def test_the_optimizers_are_those_that_the_page_names():
     assert type(pair("lora-fa-projected")[1].optimizer).__name__ == "LoraFAOptimizer"
-    ours, theirs = pair("lora-plus")
-    assert {group["lr"] for group in ours.optimizer.param_groups} == {group["lr"] for group in theirs.optimizer.param_groups} == {bench.LR, 16 * bench.LR}
+    rates = [{group["lr"] for group in side.optimizer.param_groups if group["params"]} for side in pair("lora-plus")]
+    assert rates == [{bench.LR, 16 * bench.LR}] * 2
 
 
 def test_ratios_are_of_ours_to_theirs_and_who_goes_first_alternates():
