@@ -20,6 +20,7 @@ from minilora.commands.bases import ByteBase, RealBase
 from minilora.commands.folders import room
 from minilora.commands.models import MODEL, REAL, base_or_model
 from minilora.methods import METHODS, make_method
+from minilora.safety import memory
 from minilora.safety.recompute import KINDS
 from minilora.safety.runs import lock_of
 from minilora.scale import parallel
@@ -58,7 +59,7 @@ def add(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with parallel.several(args.shard) as processes:                   # one, unless torchrun has started more; then only the first writes
+    with parallel.several(args.shard) as processes, memory.told(needs_less(args)):   # one, unless torchrun has started more; then only the first writes
         return together(args, processes)
 
 
@@ -105,6 +106,13 @@ def train(args: argparse.Namespace, base: ByteBase | RealBase, method: ml.Method
     return {"task": base.name, "method": args.method, "hyperparameters": dataclasses.asdict(method), "targets": args.targets, "steps": args.steps,
             "lr": lr, "seed": args.seed, "accumulate": args.accumulate, "clip": args.clip, "autocast": args.autocast, "checkpointing": args.checkpointing,
             "trainable_parameters": ml.trainable_parameters(base.model)} | base.about | history
+
+
+def needs_less(args: argparse.Namespace) -> str:
+    """Where memory has run out: the flags that are left."""
+    same = "" if args.checkpointing else "The same command with --checkpointing non-reentrant needs less and goes on. "
+    other = "A smaller --rows or --context" + (", or --method qlora," if args.method != "qlora" and not args.shard else "")
+    return f". {same}{other} is another run, with another --out or --force"
 
 
 def write_results(out: Path, base: ByteBase | RealBase, summary: dict) -> None:

@@ -40,13 +40,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minilora.adapter import Method, adapters
 from minilora.data import placed
+from minilora.safety.memory import ran_out
 from minilora.safety.runs import digest, trained_tensors, uninterrupted
 from minilora.storage import base_fingerprint
 from minilora.training import Loss, OneProcess, Said, targets_that_count
 
 PATIENCE = 3.0             # seconds in which a process whose neighbour fails says that it is still there
 JOBS = itertools.count()   # that this process has taken part in
-ERRORS = (ValueError, OSError, FloatingPointError)      # those of which the command line prints the one line
+ERRORS = (ValueError, OSError, FloatingPointError, MemoryError)     # those of which the command line prints the one line
 
 
 @contextmanager
@@ -201,9 +202,9 @@ class Processes(OneProcess):
         answer is gone. The others leave at once, so that those notice it that wait for them."""
         broken = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
         kind = "lost" if broken else "stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
-        self.store.set(f"{self.rank} has ended", json.dumps([kind, str(error) or type(error).__name__]))
+        self.store.set(f"{self.rank} has ended", json.dumps([kind, ran_out(error) or str(error) or type(error).__name__]))
         if kind == "failed":
-            if not self.first and isinstance(error, ERRORS) and (self.device.type == "cpu" or self.heard([0])):
+            if not self.first and (isinstance(error, ERRORS) or ran_out(error)) and (self.device.type == "cpu" or self.heard([0])):
                 raise SystemExit(2)
             return
         if self.rank > 1 or self.rank == 1 and (self.heard([0]) or self.lives(0)):
