@@ -222,6 +222,12 @@ def test_kill_is_answered_like_ctrl_c(finetune, monkeypatch):
     assert code == 0 and "resumed at step 2" in out and files(folder) == FINISHED
 
 
+def test_stopped_before_there_is_a_checkpoint_it_names_none(finetune, monkeypatch):
+    monkeypatch.setattr(ml.LoRADrop, "prepare", lambda *_: interrupt())
+    code, _, err, folder = finetune("--method", "lora-drop")
+    assert code == 130 and err.endswith("\nstopped; no checkpoint was written yet; the same command begins anew.\n") and not folder.exists()
+
+
 def test_a_full_disk_is_one_line_under_the_progress_bar(finetune, monkeypatch):
     def full(number):
         raise OSError(28, "No space left on device")

@@ -77,7 +77,8 @@ def together(args: argparse.Namespace, processes: OneProcess) -> int:
         try:
             summary = train(args, base, method, out / CHECKPOINT, processes)
         except (KeyboardInterrupt, SystemExit) as stop:
-            print(f"\nstopped; a checkpoint is in {out}. The same command goes on from there.", file=sys.stderr)
+            there = (out / CHECKPOINT).exists()            # not in a method's warm-up
+            print(f"\nstopped; {f'a checkpoint is in {out}. The same command goes on from there' if there else parallel.NOTHING_YET}.", file=sys.stderr)
             return 130 if isinstance(stop, KeyboardInterrupt) else stop.code
         except ConnectionError as error:
             raise ConnectionError(f"{error}. {parallel.stands(out / CHECKPOINT)}") from None

@@ -45,6 +45,7 @@ from minilora.safety.runs import digest, trained_tensors, uninterrupted
 from minilora.storage import base_fingerprint
 from minilora.training import Loss, OneProcess, Said, targets_that_count
 
+NOTHING_YET = "no checkpoint was written yet; the same command begins anew"
 PATIENCE = 3.0             # seconds in which a process whose neighbour fails says that it is still there
 JOBS = itertools.count()   # that this process has taken part in
 ERRORS = (ValueError, OSError, FloatingPointError, MemoryError)     # those of which the command line prints the one line
@@ -382,6 +383,6 @@ def whole(model: nn.Module) -> Iterator[nn.Module]:
 def stands(checkpoint: Path) -> str:
     """What a run that has failed left, in words."""
     if not checkpoint.exists():
-        return "No checkpoint was written yet; the same command begins anew"
+        return NOTHING_YET.capitalize()
     step = torch.load(checkpoint, map_location="cpu", weights_only=True)["state"]["step"]
     return f"In {checkpoint.parent} is the checkpoint of step {step}; the same command goes on from there, on as many processes or on another number"

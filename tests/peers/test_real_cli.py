@@ -181,6 +181,7 @@ def test_full_fine_tuning_leaves_a_folder_that_speaks(finetune, model, tmp_path,
     assert said[0] == said[1] != said[2] and said[0].startswith("The")
     assert main(["merge", "--model", str(base), "--adapter", str(folder), "--out", str(tmp_path / "merged")]) == 2
     assert "holds a whole model, fully fine-tuned, and no adapter" in capsys.readouterr().err
+    assert main(["doctor", str(folder / "model"), "--base", str(folder)]) == 0       # of a run, the model that it left
     code, _, err, _ = finetune(*flags, model=base)
     assert code == 2 and "finished run" in err
     (folder / ".model.tmp").mkdir()                                                  # of a run that was killed
