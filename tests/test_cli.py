@@ -178,6 +178,14 @@ def test_a_finished_run_is_refused_without_force(finetune):
     assert before["adapter_model.safetensors"] != (folder / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("flags", [("--lr", "1e31"), ("--rank", "99"), ("--targets", "query"), ("--context", "65")])
+def test_what_is_refused_does_not_cost_the_run_that_force_would_replace(finetune, flags):
+    folder = finetune()[3]
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    code, _, err, _ = finetune("--force", *flags)
+    assert code == 2 and err.count("\n") == 1 and {name: (folder / name).read_bytes() for name in files(folder)} == before
+
+
 def test_a_folder_with_other_things_in_it_is_refused_and_force_keeps_them(finetune, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")

@@ -15,7 +15,7 @@ from torch import nn
 
 import minilora as ml
 from minilora import data, plots, storage
-from minilora.commands.arguments import layer_names, method_name, positive, whole
+from minilora.commands.arguments import layer_names, method_name, positive, rate, whole
 from minilora.commands.bases import ByteBase, RealBase
 from minilora.commands.folders import room
 from minilora.commands.models import MODEL, REAL, base_or_model
@@ -41,7 +41,7 @@ def add(commands) -> None:
     parser.add_argument("--rank", type=whole(1, 2**16), help="rank of the update (default: 8, VeRA 64); AdaLoRA's target, from half as much again")
     parser.add_argument("--alpha", type=positive, help="strength of the update (default: the method's)")
     parser.add_argument("--steps", type=whole(1), default=200)
-    parser.add_argument("--lr", type=positive, help="peak learning rate (default: one that suits the method)")
+    parser.add_argument("--lr", type=rate, help="peak learning rate (default: one that suits the method)")
     parser.add_argument("--context", type=whole(2), metavar="N",
                         help="bytes of a window (default: what the base reads); with --model tokens (default: 256 at most)")
     parser.add_argument("--rows", type=whole(1), metavar="N", help="windows in a batch (default: 16, with --model 4)")
@@ -70,6 +70,7 @@ def together(args: argparse.Namespace, processes: OneProcess) -> int:
         processes.told(refuse, out, args.force)
         base = (RealBase if args.model else ByteBase)(args, processes)
         base.refuse(method, args.targets)
+        processes.refuse(method, args.rows or base.rows, args.checkpointing)
         if args.force:
             processes.told(clear, out)
         print(f"{base.opening}\n\nbefore:\n{sample(base)}\n")

@@ -205,7 +205,8 @@ def saved_state(path: Path, identity: dict, fingerprint: str, parts: Callable[[i
     for step, seen in state["digests"].items():
         if step < state["step"] and seen != digest(parts(step)):
             which = f"batch of step {step}" if step else "first batch"
-            raise ValueError(f"{path}: a checkpoint of another run, whose {which} was another: the data, its seed or the size of its batches has changed; {START_OVER}")
+            raise ValueError(f"{path}: a checkpoint of another run, whose {which} was another: the data, its seed or the size of its batches has "
+                             f"changed; {START_OVER}")
     return state
 
 

@@ -45,6 +45,7 @@ from minilora.safety.runs import digest, trained_tensors, uninterrupted
 from minilora.storage import base_fingerprint
 from minilora.training import Loss, OneProcess, Said, targets_that_count
 
+ALL_TRAINED = "there is no frozen base to shard: full fine-tuning trains all of the model"
 NOTHING_YET = "no checkpoint was written yet; the same command begins anew"
 PATIENCE = 3.0             # seconds in which a process whose neighbour fails says that it is still there
 JOBS = itertools.count()   # that this process has taken part in
@@ -140,22 +141,26 @@ class Processes(OneProcess):
 
         Raises ValueError where there are fewer rows than processes, not all were started alike, or the model cannot be trained so."""
         read = parts(0)
-        fewest = min(map(rows, read))
-        if fewest < self.count:
-            raise ValueError(f"{self.count} processes and a batch of {fewest} rows: each needs one at least; start fewer processes, or read larger "
-                             "batches")
+        self.refuse(method, min(map(rows, read)), loss.checkpointing)
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
                 raise ValueError(f"{name} is a {type(module).__name__}, which would take its means from each process's own rows; "
                                  "nn.SyncBatchNorm.convert_sync_batchnorm(model) takes them from all")
-        if loss.checkpointing == "reentrant":
-            raise ValueError("reentrant checkpointing hides from the processes which parameters a step uses; take checkpointing='non-reentrant'")
         self.compare({"method": repr(method), "learning rate": loss.lr, "seed": seed, "first batch": digest(read)[:12],
                       "base": base_fingerprint(model)[:12]})
         if self.shard:
             shard_base(model, self.device, self.count)
         self.model, self.average = model, None
         return SharedLoss(**vars(loss), processes=self, seed=seed)
+
+    def refuse(self, method: Method, rows: int, checkpointing: str | None) -> None:
+        if rows < self.count:
+            raise ValueError(f"{self.count} processes and a batch of {rows} rows: each needs one at least; start fewer processes, or read larger "
+                             "batches")
+        if checkpointing == "reentrant":
+            raise ValueError("reentrant checkpointing hides from the processes which parameters a step uses; take checkpointing='non-reentrant'")
+        if self.shard and method.trains_base:
+            raise ValueError(ALL_TRAINED)
 
     def compare(self, mine: dict) -> None:
         for rank, theirs in enumerate(self.gathered(mine)):
@@ -343,7 +348,7 @@ def shard_base(model: nn.Module, device: torch.device, count: int) -> None:
     whole = {p for p in model.parameters() if p.requires_grad}
     whole |= {p for _, layer in adapters(model) for name, p in layer.named_parameters() if not name.startswith("base.")}
     if all(p in whole for p in model.parameters()):
-        raise ValueError("there is no frozen base to shard: full fine-tuning trains all of the model")
+        raise ValueError(ALL_TRAINED)
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     mesh = init_device_mesh(device.type, (count,))
