@@ -21,17 +21,19 @@ import warnings
 from minilora import __version__
 from minilora.commands import compare, cost, doctor, finetune, generate, pretrain
 from minilora.commands.arguments import Parser
+from minilora.safety import memory
 from minilora.safety.runs import stoppable
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns its exit code: 0, 1 where doctor finds something, 2 for bad input (one line says what), 130 after Ctrl-C, 143: kill."""
+    """Run one command. Returns its exit code: 0; 1 where doctor finds something; 2 for bad input or too little memory, and one line says what; 130 after
+    Ctrl-C, 143 after kill."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")          # a terminal without UTF-8 shows ? and goes on
     args = parser().parse_args(arguments)
     try:
-        with warnings.catch_warnings(), stoppable():
+        with warnings.catch_warnings(), stoppable(), memory.told():
             warnings.showwarning = lambda message, *_: print(f"minilora: {message}", file=sys.stderr)
             return args.run(args)
     except KeyboardInterrupt:
@@ -39,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print(f"minilora: {error}", file=sys.stderr)
         return 2
 

@@ -321,6 +321,9 @@ class OneProcess:
         """read(*arguments), done by the first process and known to all."""
         return read(*arguments)
 
+    def refuse(self, method: Method, rows: int, checkpointing: str | None) -> None:
+        """What begin will refuse, as far as it can be told before anything is written.     rows: of a batch."""
+
     def begin(self, model: nn.Module, method: Method, loss: Loss, seed: int, parts: Callable[[int], list]) -> Loss:
         """The model has its adapters. Returns the loss whose backward() leaves the gradient of the whole step in this process."""
         return loss

@@ -178,6 +178,14 @@ def test_a_finished_run_is_refused_without_force(finetune):
     assert before["adapter_model.safetensors"] != (folder / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("flags", [("--lr", "1e31"), ("--rank", "99"), ("--targets", "query"), ("--context", "65")])
+def test_what_is_refused_does_not_cost_the_run_that_force_would_replace(finetune, flags):
+    folder = finetune()[3]
+    before = {name: (folder / name).read_bytes() for name in files(folder)}
+    code, _, err, _ = finetune("--force", *flags)
+    assert code == 2 and err.count("\n") == 1 and {name: (folder / name).read_bytes() for name in files(folder)} == before
+
+
 def test_a_folder_with_other_things_in_it_is_refused_and_force_keeps_them(finetune, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
@@ -220,6 +228,12 @@ def test_kill_is_answered_like_ctrl_c(finetune, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     code, out, _, folder = finetune()
     assert code == 0 and "resumed at step 2" in out and files(folder) == FINISHED
+
+
+def test_stopped_before_there_is_a_checkpoint_it_names_none(finetune, monkeypatch):
+    monkeypatch.setattr(ml.LoRADrop, "prepare", lambda *_: interrupt())
+    code, _, err, folder = finetune("--method", "lora-drop")
+    assert code == 130 and err.endswith("\nstopped; no checkpoint was written yet; the same command begins anew.\n") and not folder.exists()
 
 
 def test_a_full_disk_is_one_line_under_the_progress_bar(finetune, monkeypatch):
@@ -643,3 +657,42 @@ def test_cost_of_a_config_and_of_nothing_known(tmp_path, capsys):
     assert main(["cost", "--shape", str(tmp_path / "config.json"), "--rank", "4"]) == 0 and "c_attn" in capsys.readouterr().out
     assert main(["cost", "--shape", "gpt-9"]) == 2 and "known are chatglm-6b" in capsys.readouterr().err
     assert main(["cost", "--shape", "llama-7b", "--targets", "qkv"]) == 2 and "it has down_proj" in capsys.readouterr().err
+
+
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which 2.50 MiB is free. Including "
+                              "non-PyTorch memory, this process has 79.10 GiB memory in use.")
+LINUX = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 400 bytes. Error code 12")
+
+
+@pytest.mark.parametrize("error, size", [(CUDA, ": no room for 20.00 MiB more"), (LINUX, ": no room for 400 bytes more"), (MemoryError(), "")],
+                         ids=["CUDA", "CPU", "Python"])
+def test_too_little_memory_is_one_line_that_says_what_needs_less_and_the_run_goes_on(finetune, monkeypatch, error, size):
+    def full():
+        raise error
+
+    code, _, err, folder = stopped(finetune, monkeypatch, full)
+    assert code == 2 and files(folder) == ["checkpoint.pt"] and "Traceback" not in err
+    assert err.endswith(f"\nminilora: out of memory{size}. The same command with --checkpointing non-reentrant needs less and goes on. A smaller --rows "
+                        "or --context, or --method qlora, is another run, with another --out or --force\n")
+    code, out, _, folder = finetune("--checkpointing", "non-reentrant")
+    assert code == 0 and "resumed at step 2" in out and files(folder) == FINISHED
+
+
+def test_what_is_used_already_is_no_advice_and_other_errors_stay_themselves(finetune, monkeypatch):
+    def fail(error):
+        raise error
+
+    flags = ("--checkpointing", "non-reentrant", "--method", "qlora")
+    assert stopped(finetune, monkeypatch, lambda: fail(CUDA), *flags)[2].endswith("20.00 MiB more. A smaller --rows or --context is another run, with another "
+                                                                                "--out or --force\n")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        stopped(finetune, monkeypatch, lambda: fail(RuntimeError("mat1 and mat2")), *flags)
+
+
+def test_other_commands_too_say_in_one_line_that_memory_has_run_out(base, monkeypatch, capsys):
+    def full(*_, **__):
+        raise CUDA
+
+    monkeypatch.setattr(ml.TinyGPT, "generate", full)
+    assert main(["generate", "--base", base]) == 2
+    assert capsys.readouterr().err == "minilora: out of memory: no room for 20.00 MiB more\n"

@@ -680,7 +680,7 @@ def test_an_unfinished_run_and_the_command_that_goes_on(finished, monkeypatch, c
     folder = finished / "stopped"
     before = sorted((file.name, file.stat().st_mtime_ns) for file in folder.iterdir())
     report, = examine([folder])
-    command = f"python -m minilora finetune --task voice --rank 3 --steps 60 --lr 0.02 --seed 4 --out {folder}"
+    command = f"python -m minilora finetune --task voice --base BASE --rank 3 --steps 60 --lr 0.02 --seed 4 --out {folder}"
     assert names(report) == ["unfinished"] and report.findings[0].evidence == "step 24 of 60" and report.findings[0].fix == f"This goes on: {command}"
     with runs.alone(folder):
         report, = examine([folder])
@@ -705,6 +705,14 @@ def test_what_a_checkpoint_tells(finished, tmp_path):
     assert names(told(trained=silent, step=1)) == ["unfinished"]
     assert names(told(warmup=60)) == ["warm-up too long", "unfinished"]
     assert "--text FILE" in told(data="another").findings[0].fix
+    assert "--task TASK --base BASE --rank 3" in told(digests={0: "another"}).findings[0].fix
+    assert "--task voice --rank 3" in told(base=storage.base_fingerprint(ml.load_base())).findings[0].fix
+    batches = ml.data.TASKS["voice"]().batches(4, 32, 4)
+    fix = told(accumulate=2, clip=0.5, autocast="torch.bfloat16", digests={0: runs.digest([batches(0), batches(1)])}).findings[0].fix
+    assert "--task voice --base BASE --rows 4" in fix and "--accumulate 2 --clip 0.5 --autocast bf16 --seed 4" in fix
+    assert "--alpha 3 " in told(method="DoRA(rank=8, alpha=3.0, dropout=0.0, rslora=False)").findings[0].fix
+    layers = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
+    assert "finetune --model MODEL --text FILE --rank 3" in told(**{"adapted layers": layers}).findings[0].fix
     assert "--method dora" in told(method="DoRA(rank=8, alpha=8.0, dropout=0.0, rslora=False)").findings[0].fix
     assert "--method rslora --rank 2" in told(method="LoRA(rank=2, alpha=8.0, dropout=0.0, rslora=True)").findings[0].fix
 

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,23 @@ def test_more_processes_than_rows_on_the_command_line(found, out):
     code, printed = found[0]["command with rows for one"]
     said = "minilora: 2 processes and a batch of 1 rows: each needs one at least; start fewer processes, or read larger batches"
     assert code == 2 and printed.splitlines()[-1] == said and found[1]["command with rows for one"] == (2, "") and not (out / "nothing").exists()
+
+
+@pytest.mark.parametrize("method, rows, checkpointing, says", [
+    (ml.LoRA(2), 1, None, "2 processes and a batch of 1 rows"), (ml.LoRA(2), 2, "reentrant", "reentrant checkpointing"),
+    (ml.FullFineTuning(), 2, None, "no frozen base"),
+])
+def test_what_processes_refuse_does_not_cost_the_run_that_force_would_replace(method, rows, checkpointing, says, monkeypatch, tmp_path, capsys):
+    two = types.SimpleNamespace(count=2, shard=True)
+    with pytest.raises(ValueError, match=says):
+        parallel.Processes.refuse(two, method, rows, checkpointing)
+    parallel.Processes.refuse(two, ml.LoRA(2), 2, "non-reentrant")
+    asked = []
+    monkeypatch.setattr(OneProcess, "refuse", lambda self, *of: asked.append(of) or parallel.Processes.refuse(two, *of))
+    (tmp_path / "history.json").write_text("a run")
+    flags = ["--method", "full" if method.trains_base else "lora", "--rows", str(rows), *(["--checkpointing", checkpointing] if checkpointing else [])]
+    assert main(["finetune", "--task", "facts", "--force", "--out", str(tmp_path), *flags]) == 2
+    assert says in capsys.readouterr().err and asked[0][1:] == (rows, checkpointing) and (tmp_path / "history.json").read_text() == "a run"
 
 
 def test_a_sharded_base_on_the_command_line(found, out, capsys):

@@ -105,6 +105,16 @@ def test_lora_drops_other_choice_is_refused_and_the_model_left_alone(tmp_path):
     assert (tmp_path / "c.pt").read_bytes() == written
 
 
+def test_a_fully_fine_tuned_model_goes_on_as_one_of_its_own_sizes_only(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        ml.finetune(small(), ml.FullFineTuning(), stopping(3), 12, 0.02, checkpoint=tmp_path / "run.pt", progress=False)
+    before = (tmp_path / "run.pt").read_bytes()
+    wider = ml.TinyGPT(ml.GPTConfig(context=32, width=24, layers=3, heads=2))
+    with pytest.raises(ValueError, match=r"a run on another model: its .+ is \(\d+, 16\), here it is \(\d+, 24\); .*--force"):
+        ml.finetune(wider, ml.FullFineTuning(), BATCHES, 12, 0.02, checkpoint=tmp_path / "run.pt", progress=False)
+    assert (tmp_path / "run.pt").read_bytes() == before
+
+
 def test_a_checkpoint_in_which_more_was_trained_is_refused(tmp_path):
     """A norm was trained along by hand, and now it is not: the optimizer's state would go to the wrong tensors."""
     models = [ml.adapt(small(), ml.LoRA(3), ["q_proj", "down_proj"]) for _ in range(2)]

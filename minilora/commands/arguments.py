@@ -33,6 +33,12 @@ def positive(text: str) -> float:
     return value
 
 
+def rate(text: str) -> float:
+    if positive(text) > 1e30:                                # as finetune has it for float32: there Adam's own factors end
+        raise argparse.ArgumentTypeError(f"must be at most 1e+30, got {text}")
+    return positive(text)
+
+
 def not_negative(text: str) -> float:
     try:
         value = float(text)
@@ -41,6 +47,13 @@ def not_negative(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a finite number that is not negative, got {text!r}")
     return value
+
+
+def not_empty(text: str) -> str:
+    """"$MODEL" where it is not set must not mean the shipped base."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def method_name(text: str) -> str:

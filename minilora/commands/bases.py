@@ -86,7 +86,7 @@ class RealBase:
         if most >= symbols:
             raise ValueError(f"{args.model}: its tokenizer gives the token {most}, and the model knows {symbols}: they do not belong together")
         self.context = context_of(args, min(256, longest(self.model)), longest(self.model))
-        self.windows = self.text.held_out(self.context)
+        self.windows, self.at_once = self.text.held_out(self.context), min(8, args.rows or 8)      # fewer --rows need less memory here too
         self.text.batches(1, self.context)                            # a text that is too short is refused here
         self.name, self.tokens_per_byte = self.text.name, len(self.text.rest) / self.text.size
         self.opening = (f"{self.name}: {self.text.size:,} bytes held out, which are {len(self.text.rest):,} tokens, "
@@ -108,7 +108,7 @@ class RealBase:
         return self.text.batches(rows, self.context, seed)
 
     def nats_per_byte(self, model: torch.nn.Module) -> float:
-        return self.text.nats_per_byte(model, self.windows)
+        return self.text.nats_per_byte(model, self.windows, self.at_once)
 
     def scores(self) -> dict[str, float]:
         return {"bits_per_byte": self.nats_per_byte(self.model) / math.log(2)}

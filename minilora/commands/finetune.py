@@ -15,11 +15,12 @@ from torch import nn
 
 import minilora as ml
 from minilora import data, plots, storage
-from minilora.commands.arguments import layer_names, method_name, positive, whole
+from minilora.commands.arguments import layer_names, method_name, positive, rate, whole
 from minilora.commands.bases import ByteBase, RealBase
 from minilora.commands.folders import room
 from minilora.commands.models import MODEL, REAL, base_or_model
 from minilora.methods import METHODS, make_method
+from minilora.safety import memory
 from minilora.safety.recompute import KINDS
 from minilora.safety.runs import lock_of
 from minilora.scale import parallel
@@ -40,7 +41,7 @@ def add(commands) -> None:
     parser.add_argument("--rank", type=whole(1, 2**16), help="rank of the update (default: 8, VeRA 64); AdaLoRA's target, from half as much again")
     parser.add_argument("--alpha", type=positive, help="strength of the update (default: the method's)")
     parser.add_argument("--steps", type=whole(1), default=200)
-    parser.add_argument("--lr", type=positive, help="peak learning rate (default: one that suits the method)")
+    parser.add_argument("--lr", type=rate, help="peak learning rate (default: one that suits the method)")
     parser.add_argument("--context", type=whole(2), metavar="N",
                         help="bytes of a window (default: what the base reads); with --model tokens (default: 256 at most)")
     parser.add_argument("--rows", type=whole(1), metavar="N", help="windows in a batch (default: 16, with --model 4)")
@@ -58,7 +59,7 @@ def add(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    with parallel.several(args.shard) as processes:                   # one, unless torchrun has started more; then only the first writes
+    with parallel.several(args.shard) as processes, memory.told(needs_less(args)):   # one, unless torchrun has started more; then only the first writes
         return together(args, processes)
 
 
@@ -69,6 +70,7 @@ def together(args: argparse.Namespace, processes: OneProcess) -> int:
         processes.told(refuse, out, args.force)
         base = (RealBase if args.model else ByteBase)(args, processes)
         base.refuse(method, args.targets)
+        processes.refuse(method, args.rows or base.rows, args.checkpointing)
         if args.force:
             processes.told(clear, out)
         print(f"{base.opening}\n\nbefore:\n{sample(base)}\n")
@@ -76,7 +78,8 @@ def together(args: argparse.Namespace, processes: OneProcess) -> int:
         try:
             summary = train(args, base, method, out / CHECKPOINT, processes)
         except (KeyboardInterrupt, SystemExit) as stop:
-            print(f"\nstopped; a checkpoint is in {out}. The same command goes on from there.", file=sys.stderr)
+            there = (out / CHECKPOINT).exists()            # not in a method's warm-up
+            print(f"\nstopped; {f'a checkpoint is in {out}. The same command goes on from there' if there else parallel.NOTHING_YET}.", file=sys.stderr)
             return 130 if isinstance(stop, KeyboardInterrupt) else stop.code
         except ConnectionError as error:
             raise ConnectionError(f"{error}. {parallel.stands(out / CHECKPOINT)}") from None
@@ -105,6 +108,13 @@ def train(args: argparse.Namespace, base: ByteBase | RealBase, method: ml.Method
     return {"task": base.name, "method": args.method, "hyperparameters": dataclasses.asdict(method), "targets": args.targets, "steps": args.steps,
             "lr": lr, "seed": args.seed, "accumulate": args.accumulate, "clip": args.clip, "autocast": args.autocast, "checkpointing": args.checkpointing,
             "trainable_parameters": ml.trainable_parameters(base.model)} | base.about | history
+
+
+def needs_less(args: argparse.Namespace) -> str:
+    """Where memory has run out: the flags that are left."""
+    same = "" if args.checkpointing else "The same command with --checkpointing non-reentrant needs less and goes on. "
+    other = "A smaller --rows or --context" + (", or --method qlora," if args.method != "qlora" and not args.shard else "")
+    return f". {same}{other} is another run, with another --out or --force"
 
 
 def write_results(out: Path, base: ByteBase | RealBase, summary: dict) -> None:

@@ -8,6 +8,7 @@ from torch import nn
 
 import minilora as ml
 from minilora import storage
+from minilora.commands.arguments import not_empty
 
 MODEL = "model.safetensors"                              # in a run's folder: the whole model that full fine-tuning left; of a real one a folder
 REAL = "model"
@@ -20,7 +21,7 @@ def base_argument(parser: argparse.ArgumentParser) -> None:
 def base_or_model(parser: argparse.ArgumentParser) -> None:
     either = parser.add_mutually_exclusive_group()
     base_argument(either)
-    either.add_argument("--model", metavar="FOLDER|NAME", help="a transformers model instead: its folder, or its name on the hub")
+    either.add_argument("--model", type=not_empty, metavar="FOLDER|NAME", help="a transformers model instead: its folder, or its name on the hub")
 
 
 def load(args: argparse.Namespace):
@@ -29,6 +30,8 @@ def load(args: argparse.Namespace):
         return real_model(args)
     if args.adapter and (args.adapter / MODEL).exists():
         return on_best_device(byte_base(args.adapter / MODEL))
+    if args.adapter and (args.adapter / REAL).is_dir():
+        raise ValueError(f"{args.adapter} holds a real model, fully fine-tuned: `--model {args.adapter / REAL}`")
     model = byte_base(args.base)
     return on_best_device(ml.load_adapter(model, args.adapter) if args.adapter else model)
 

@@ -49,6 +49,10 @@ class Run:
             differ = sorted(ours.keys() ^ saved.keys())
             raise ValueError(f"{self.path}: a checkpoint of a run that trained other tensors ({differ[0]}{', …' if differ[1:] else ''}); "
                              f"{START_OVER}")
+        for name, tensor in ours.items():
+            if tensor.shape != saved[name].shape:                      # fully fine-tuned, a base has no fingerprint that lasts
+                raise ValueError(f"{self.path}: a checkpoint of a run on another model: its {name} is {tuple(saved[name].shape)}, here it is "
+                                 f"{tuple(tensor.shape)}; {START_OVER}")
         with torch.no_grad():
             for name, tensor in ours.items():
                 tensor.copy_(state["trained"][name])
@@ -201,7 +205,8 @@ def saved_state(path: Path, identity: dict, fingerprint: str, parts: Callable[[i
     for step, seen in state["digests"].items():
         if step < state["step"] and seen != digest(parts(step)):
             which = f"batch of step {step}" if step else "first batch"
-            raise ValueError(f"{path}: a checkpoint of another run, whose {which} was another: the data or its seed has changed; {START_OVER}")
+            raise ValueError(f"{path}: a checkpoint of another run, whose {which} was another: the data, its seed or the size of its batches has "
+                             f"changed; {START_OVER}")
     return state
 
 

@@ -76,7 +76,7 @@ def load_tokenizer(source: str | Path):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             works = len(tokenizer("a b", add_special_tokens=False).input_ids) > 0
     except Exception as error:                                       # each tokenizer library has errors of its own
-        raise ValueError(f"{folder}: its tokenizer cannot be read ({_line(error)})") from None
+        raise ValueError(f"{folder}: its tokenizer cannot be read ({first_line(error)})") from None
     if not works:
         raise ValueError(f"{folder}: its tokenizer gives no tokens; its vocabulary is missing or empty")
     return tokenizer
@@ -90,6 +90,10 @@ def _folder(source: str | Path, weights: bool = True) -> Path:
         raise ValueError(f"{source}: real models are built by transformers, which is not installed: {INSTALL}") from None
     folder, name = Path(source), str(source)
     if folder.is_dir():
+        if not (folder / CONFIG).exists() and (folder / "model" / CONFIG).exists():
+            raise ValueError(f"{folder} is a run, which has left a model in it: name {folder / 'model'}")
+        if not (folder / CONFIG).exists() and (folder / "adapter_config.json").exists():
+            raise ValueError(f"{folder} is an adapter: name the model that it was made for, and this as the adapter")
         return folder
     if folder.exists():
         raise ValueError(f"{source} is a file; a model is a folder with {CONFIG} and {WEIGHTS}, or a name on the hub")
@@ -105,7 +109,7 @@ def _folder(source: str | Path, weights: bool = True) -> Path:
                 folder = Path(snapshot_download(name, allow_patterns=[*SMALL_FILES, *shards]))
         return folder
     except Exception as error:                                       # the hub's own, the network's, the disk's
-        raise ValueError(f"{name}: no such folder here, and the hub did not give it ({type(error).__name__}: {_line(error)})") from None
+        raise ValueError(f"{name}: no such folder here, and the hub did not give it ({type(error).__name__}: {first_line(error)})") from None
 
 
 def _config(folder: Path):
@@ -121,7 +125,7 @@ def _config(folder: Path):
         if not isinstance(kind, str):
             raise ValueError(f"{file}: it names no model_type") from None
         what = f"its fields make no {kind}" if kind in CONFIG_MAPPING else f"the architecture {kind!r} is not one that this transformers knows"
-        raise ValueError(f"{file}: {what} ({_line(error)})") from None
+        raise ValueError(f"{file}: {what} ({first_line(error)})") from None
     heads = [str(name) for name in config.architectures or [] if re.search(r"For(?!CausalLM)[A-Z]", str(name))]
     if getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or heads:
         what = (heads or config.architectures or [config.model_type])[0]
@@ -158,7 +162,7 @@ def _stored(folder: Path) -> dict[str, Stored]:
         except FileNotFoundError:
             raise ValueError(f"{file}: no such file, and {INDEX} names it: a shard is missing") from None
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: damaged or cut short ({_line(error)})") from None
+            raise ValueError(f"{file}: damaged or cut short ({first_line(error)})") from None
     for name, shard in table.items():
         if name not in found:
             raise ValueError(f"{folder / shard}: the tensor {name} is missing, and {INDEX} says that it is there")
@@ -179,7 +183,7 @@ def _read_json(file: Path) -> dict:
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file; a model's folder holds {CONFIG} and {WEIGHTS}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not a JSON file ({_line(error)})") from None
+        raise ValueError(f"{file}: not a JSON file ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: a JSON file, but not of named fields")
     return content
@@ -201,7 +205,7 @@ def _skeleton(folder: Path, config, name: str, dtype: torch.dtype) -> nn.Module:
         with quiet(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:                                       # sizes that do not go together fail in many ways
-        raise ValueError(f"{folder / CONFIG}: no model can be built of it ({type(error).__name__}: {_line(error)})") from None
+        raise ValueError(f"{folder / CONFIG}: no model can be built of it ({type(error).__name__}: {first_line(error)})") from None
 
 
 def _places(model: nn.Module, stored: dict[str, Stored]) -> dict[str, str] | None:
@@ -318,7 +322,7 @@ def _complete(folder: Path, model: nn.Module, missing: set[str], device: torch.d
             try:
                 model.generation_config = GenerationConfig.from_pretrained(folder)
             except Exception as error:
-                raise ValueError(f"{folder / 'generation_config.json'}: cannot be read ({_line(error)})") from None
+                raise ValueError(f"{folder / 'generation_config.json'}: cannot be read ({first_line(error)})") from None
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise ValueError(f"{folder}: {name} is still without numbers after all files were read")
@@ -336,7 +340,7 @@ def _converted(folder: Path, model: nn.Module, four_bits: bool, device: torch.de
             model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, use_safetensors=True, trust_remote_code=False,
                                                                output_loading_info=True)
     except Exception as error:
-        raise ValueError(f"{folder}: transformers cannot load it ({type(error).__name__}: {_line(error)})") from None
+        raise ValueError(f"{folder}: transformers cannot load it ({type(error).__name__}: {first_line(error)})") from None
     for verb, key in (("is missing", "missing_keys"), ("is unexpected", "unexpected_keys"), ("has the wrong shape", "mismatched_keys")):
         if info[key]:
             raise ValueError(f"{folder}: the tensor {min(map(str, info[key]))} {verb}")
@@ -361,6 +365,6 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """An error's first line that says something."""
     return next((line.strip().rstrip(" :.") for line in str(error).splitlines() if line.strip()), type(error).__name__)

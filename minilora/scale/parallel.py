@@ -40,13 +40,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minilora.adapter import Method, adapters
 from minilora.data import placed
+from minilora.safety.memory import ran_out
 from minilora.safety.runs import digest, trained_tensors, uninterrupted
 from minilora.storage import base_fingerprint
 from minilora.training import Loss, OneProcess, Said, targets_that_count
 
+ALL_TRAINED = "there is no frozen base to shard: full fine-tuning trains all of the model"
+NOTHING_YET = "no checkpoint was written yet; the same command begins anew"
 PATIENCE = 3.0             # seconds in which a process whose neighbour fails says that it is still there
 JOBS = itertools.count()   # that this process has taken part in
-ERRORS = (ValueError, OSError, FloatingPointError)      # those of which the command line prints the one line
+ERRORS = (ValueError, OSError, FloatingPointError, MemoryError)     # those of which the command line prints the one line
 
 
 @contextmanager
@@ -138,22 +141,26 @@ class Processes(OneProcess):
 
         Raises ValueError where there are fewer rows than processes, not all were started alike, or the model cannot be trained so."""
         read = parts(0)
-        fewest = min(map(rows, read))
-        if fewest < self.count:
-            raise ValueError(f"{self.count} processes and a batch of {fewest} rows: each needs one at least; start fewer processes, or read larger "
-                             "batches")
+        self.refuse(method, min(map(rows, read)), loss.checkpointing)
         for name, module in model.named_modules():
             if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
                 raise ValueError(f"{name} is a {type(module).__name__}, which would take its means from each process's own rows; "
                                  "nn.SyncBatchNorm.convert_sync_batchnorm(model) takes them from all")
-        if loss.checkpointing == "reentrant":
-            raise ValueError("reentrant checkpointing hides from the processes which parameters a step uses; take checkpointing='non-reentrant'")
         self.compare({"method": repr(method), "learning rate": loss.lr, "seed": seed, "first batch": digest(read)[:12],
                       "base": base_fingerprint(model)[:12]})
         if self.shard:
             shard_base(model, self.device, self.count)
         self.model, self.average = model, None
         return SharedLoss(**vars(loss), processes=self, seed=seed)
+
+    def refuse(self, method: Method, rows: int, checkpointing: str | None) -> None:
+        if rows < self.count:
+            raise ValueError(f"{self.count} processes and a batch of {rows} rows: each needs one at least; start fewer processes, or read larger "
+                             "batches")
+        if checkpointing == "reentrant":
+            raise ValueError("reentrant checkpointing hides from the processes which parameters a step uses; take checkpointing='non-reentrant'")
+        if self.shard and method.trains_base:
+            raise ValueError(ALL_TRAINED)
 
     def compare(self, mine: dict) -> None:
         for rank, theirs in enumerate(self.gathered(mine)):
@@ -201,9 +208,9 @@ class Processes(OneProcess):
         answer is gone. The others leave at once, so that those notice it that wait for them."""
         broken = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
         kind = "lost" if broken else "stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
-        self.store.set(f"{self.rank} has ended", json.dumps([kind, str(error) or type(error).__name__]))
+        self.store.set(f"{self.rank} has ended", json.dumps([kind, ran_out(error) or str(error) or type(error).__name__]))
         if kind == "failed":
-            if not self.first and isinstance(error, ERRORS) and (self.device.type == "cpu" or self.heard([0])):
+            if not self.first and (isinstance(error, ERRORS) or ran_out(error)) and (self.device.type == "cpu" or self.heard([0])):
                 raise SystemExit(2)
             return
         if self.rank > 1 or self.rank == 1 and (self.heard([0]) or self.lives(0)):
@@ -341,7 +348,7 @@ def shard_base(model: nn.Module, device: torch.device, count: int) -> None:
     whole = {p for p in model.parameters() if p.requires_grad}
     whole |= {p for _, layer in adapters(model) for name, p in layer.named_parameters() if not name.startswith("base.")}
     if all(p in whole for p in model.parameters()):
-        raise ValueError("there is no frozen base to shard: full fine-tuning trains all of the model")
+        raise ValueError(ALL_TRAINED)
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     mesh = init_device_mesh(device.type, (count,))
@@ -381,6 +388,6 @@ def whole(model: nn.Module) -> Iterator[nn.Module]:
 def stands(checkpoint: Path) -> str:
     """What a run that has failed left, in words."""
     if not checkpoint.exists():
-        return "No checkpoint was written yet; the same command begins anew"
+        return NOTHING_YET.capitalize()
     step = torch.load(checkpoint, map_location="cpu", weights_only=True)["state"]["step"]
     return f"In {checkpoint.parent} is the checkpoint of step {step}; the same command goes on from there, on as many processes or on another number"

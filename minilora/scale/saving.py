@@ -10,7 +10,7 @@ from torch import nn
 from minilora.adapter import adapters, put
 from minilora.quant.linear import NF4Linear
 from minilora.safety.conv1d import dense_conv1d, stands_for_conv1d
-from minilora.scale.loading import CONFIG, quiet
+from minilora.scale.loading import CONFIG, first_line, quiet
 
 ENDINGS = (".safetensors", ".json", ".txt", ".model", ".jinja")     # of what a model's folder holds
 
@@ -28,9 +28,13 @@ def save_folder(model: nn.Module, tokenizer, folder: str | Path) -> Path:
     shutil.rmtree(beside, ignore_errors=True)                        # of a call that was killed
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with quiet():
-            densify(model).save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
+        densify(model)
+        try:
+            with quiet():
+                model.save_pretrained(beside)
+                tokenizer.save_pretrained(beside)
+        except Exception as error:                                   # a full disk; safetensors and tokenizers have errors of their own for it
+            raise OSError(f"{folder}: cannot be written ({first_line(error)})") from None
         for file in beside.iterdir():
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())

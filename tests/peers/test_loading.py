@@ -472,7 +472,13 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         calls.append(names)
         return full() if len(calls) == 2 else replace(*names)
 
-    for where, name, fault in ((tokenizer, "save_pretrained", full), (os, "replace", second)):
+    def fails(kind):
+        def fail(*_, **__):
+            raise kind("Error while serializing: I/O error: No space left on device (os error 28)")
+        return fail
+
+    for where, name, fault in ((tokenizer, "save_pretrained", full), (os, "replace", second), (tokenizer, "save_pretrained", fails(Exception)),
+                               (type(model), "save_pretrained", fails(safetensors.SafetensorError))):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, fault)
             with pytest.raises(OSError, match="No space left"):

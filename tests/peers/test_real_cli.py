@@ -154,6 +154,18 @@ def test_what_is_written_is_what_was_trained(finetune, model, text):
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
 
 
+def test_an_adapter_is_no_model(finetune, capsys):
+    assert main(["generate", "--model", str(finetune()[3])]) == 2
+    assert capsys.readouterr().err.endswith("is an adapter: name the model that it was made for, and this as the adapter\n")
+
+
+@pytest.mark.parametrize("rows, at_once", [("2", 2), ("9", 8)])
+def test_fewer_rows_need_less_memory_when_the_text_is_scored_too(finetune, monkeypatch, rows, at_once):
+    seen, plain = [], nats_per_token
+    monkeypatch.setattr("minilora.scale.text.nats_per_token", lambda model, windows, rows: seen.append(rows) or plain(model, windows, rows))
+    assert finetune("--rows", rows)[0] == 0 and set(seen) == {at_once}
+
+
 def test_peft_reads_the_adapter_on_transformers_own_model(finetune, model):
     peft = pytest.importorskip("peft")
     folder = finetune()[3]
@@ -181,6 +193,10 @@ def test_full_fine_tuning_leaves_a_folder_that_speaks(finetune, model, tmp_path,
     assert said[0] == said[1] != said[2] and said[0].startswith("The")
     assert main(["merge", "--model", str(base), "--adapter", str(folder), "--out", str(tmp_path / "merged")]) == 2
     assert "holds a whole model, fully fine-tuned, and no adapter" in capsys.readouterr().err
+    assert main(["doctor", str(folder / "model"), "--base", str(folder)]) == 0       # of a run, the model that it left
+    for words, says in ((["--model", str(folder)], f"is a run, which has left a model in it: name {folder / 'model'}"),
+                        (["--adapter", str(folder)], f"holds a real model, fully fine-tuned: `--model {folder / 'model'}`")):
+        assert main(["generate", *words]) == 2 and says in capsys.readouterr().err
     code, _, err, _ = finetune(*flags, model=base)
     assert code == 2 and "finished run" in err
     (folder / ".model.tmp").mkdir()                                                  # of a run that was killed
@@ -255,7 +271,8 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing_behind(finetune, model, 
 
 @pytest.mark.parametrize("words, says", [
     (["finetune", "--model", "{model}", "--task", "voice", "--out", "{tmp}/a"], "--task voice is made for the shipped base, which reads bytes; with"),
-    (["finetune", "--model", "{model}", "--out", "{tmp}/a"], "required"),
+    (["finetune", "--model", "{model}", "--out", "{tmp}/a"], "required"), (["finetune", "--model", "", "--text", "{tmp}/fox.txt"], "must not be empty"),
+    (["generate", "--base", "{model}"], "is a folder, and a TinyGPT is a file; a transformers model is named by --model"),
     (["finetune", "--text", "{tmp}/fox.txt", "--context", "200", "--out", "{tmp}/a"], "--context 200: this model reads at most 128"),
     (["generate", "--model", "{model}", "--adapter", "{tmp}/nowhere"], "adapter_model.safetensors: no such file"),
     (["generate", "--model", "{model}", "--max-new", "200"], "1 tokens of prompt and 200 new ones are more than the 128 that this model reads"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minilora.data import TASKS
 from minilora.gpt import load_base
-from minilora.methods import METHODS, RATES
+from minilora.methods import METHODS, RATES, make_method
 from minilora.quant.linear import quantize
 from minilora.safety import runs
 from minilora.safety.configuration import PREFIX
@@ -21,7 +21,7 @@ from minilora.scale.doctor.sheets import BIN, IN_FOUR_BITS, Sheet, read_sheet
 from minilora.scale.doctor.weights import Weights, fingerprints, read_json
 from minilora.storage import CONFIG, START_OVER, WEIGHTS, base_fingerprint, load_adapter
 
-HISTORY, CHECKPOINT, MODEL = "history.json", "checkpoint.pt", "model.safetensors"        # what `finetune` writes, see commands/finetune.py
+HISTORY, CHECKPOINT, MODEL, REAL = "history.json", "checkpoint.pt", "model.safetensors", "model"        # what `finetune` writes, see commands/finetune.py
 UNFIT = "made for another base"                                                           # as load_adapter says it
 
 
@@ -73,8 +73,8 @@ def examine(paths: list[Path], base: Path | None = None) -> list[Report]:
 
 def kind_of(path: Path) -> str:
     """"model", "adapter" or "run". Raises ValueError where there is nothing to look at."""
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
+    if not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path}: {'neither a file nor a folder' if path.exists() else 'no such file or folder'}")
     if path.is_file():
         if path.name in (WEIGHTS, CONFIG, HISTORY, CHECKPOINT, BIN):
             raise ValueError(f"{path}: one file of several; name the folder {path.parent}")
@@ -94,8 +94,9 @@ def kind_of(path: Path) -> str:
 def whole_model(path: Path) -> Path:
     """The model there; of a run, the one that full fine-tuning left."""
     what = kind_of(path)
-    if what == "run" and (path / MODEL).exists():
-        return path / MODEL
+    left = next((path / name for name in (MODEL, REAL) if (path / name).exists()), None)
+    if what == "run" and left:
+        return left
     if what != "model":
         raise ValueError(f"{path}: the base must be a model, and this is {'an adapter' if what == 'adapter' else 'a run'}")
     return path
@@ -341,22 +342,33 @@ def command(path: Path, state: dict, identity: dict) -> str:
     """What goes on with that run, as far as the checkpoint knows it: it holds a digest of the text, and not its name."""
     name = next((name for name, make in METHODS.items() if identity["method"].startswith(f"{getattr(make, 'func', make).__name__}(")
                  and ("rslora=True" in identity["method"]) == (name == "rslora")), None)
-    words = ["python -m minilora finetune", f"--task {task}" if (task := _task(state, identity)) else "--text FILE"]
+    words = ["python -m minilora finetune", *_source(state, identity)]
     words += [f"--method {name}"] if name and name != "lora" else []
     rank = re.search(r"(?:target_rank|\brank)=(\d+)", identity["method"])
     words += [f"--rank {rank[1]}"] if rank and int(rank[1]) != (64 if name == "vera" else 8) else []
+    alpha, usual = (re.search(r"\balpha=([\d.]+)", text) for text in (identity["method"], repr(make_method(name)) if name else ""))
+    words += [f"--alpha {float(alpha[1]):g}"] if alpha and usual and float(alpha[1]) != float(usual[1]) else []
     words += [f"--steps {identity['steps']}"] if identity["steps"] != 200 else []
     words += [f"--lr {identity['lr']:g}"] if identity.get("lr") != RATES.get(name) and isinstance(identity.get("lr"), float) else []
+    words += [f"--accumulate {identity['accumulate']}"] if identity.get("accumulate", 1) != 1 else []
+    words += [f"--clip {identity['clip']:g}"] if identity.get("clip") else []
+    words += ["--autocast bf16"] if identity.get("autocast") else []
     words += [f"--seed {identity['seed']}"] if identity.get("seed") else []
     return " ".join([*words, f"--out {path}"])
 
 
-def _task(state: dict, identity: dict) -> str | None:
-    """The built-in task whose first batch is the one that the checkpoint remembers, at the contexts that a base may have."""
-    seen = (state.get("digests") or {}).get(0)
+def _source(state: dict, identity: dict) -> list[str]:
+    """What was read, and the base, where it was not the shipped one. Of a built-in task the first batch is remembered: it is looked for at the
+    contexts that a base may have. A text's --context and --rows are not known."""
+    shipped, seen = load_base(), (state.get("digests") or {}).get(0)
+    known = {kind(name) for name, _ in (*shipped.named_modules(), *shipped.named_parameters())}
+    if not {kind(name) for name in identity.get("adapted layers") or state["trained"]} <= known:
+        return ["--model MODEL --text FILE"]
+    words = [] if identity.get("base") in (None, "", base_fingerprint(shipped)) else ["--base BASE"]
     for name, task in () if state.get("data") else TASKS.items():
-        for context in (128, 64, 32, 256):
-            batches = task().batches(16, context, identity.get("seed", 0))
-            if seen == runs.digest([batches(part) for part in range(identity.get("accumulate", 1))]):
-                return name
-    return None
+        for rows in (16, 8, 4, 2, 1, 32):
+            for context in (128, 64, 32, 256):
+                batches = task().batches(rows, context, identity.get("seed", 0))
+                if seen == runs.digest([batches(part) for part in range(identity.get("accumulate", 1))]):
+                    return [f"--task {name}", *words, *([f"--rows {rows}"] if rows != 16 else [])]
+    return ["--text FILE" if state.get("data") else "--task TASK", *words]
