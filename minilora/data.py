@@ -292,7 +292,7 @@ def read(path: str | Path) -> bytes:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     content = content.removeprefix(codecs.BOM_UTF8)
     if not content or content.isspace():
-        raise ValueError(f"{path}: the file is empty")
+        raise ValueError(f"{path}: the file {'holds only white space' if content else 'is empty'}")
     try:
         content.decode()
     except UnicodeDecodeError as error:

@@ -205,7 +205,7 @@ def test_overlap_counts_what_stands_in_both_parts():
 
 
 @pytest.mark.parametrize("content, says", [
-    (b"", "empty"), (b" \n\t ", "empty"), (b"short", "too short: 5 bytes"),
+    (b"", "empty"), (b" \n\t ", "only white space"), (b"short", "too short: 5 bytes"),
     (b"\xff\xfe" * 2000, "not UTF-8"), (b"text\0" * 1000, "binary"), (("é" * 3000).encode("latin-1"), "not UTF-8"),
 ], ids=["empty", "blank", "short", "garbage", "zeros", "latin-1"])
 def test_files_that_are_no_text_are_refused_by_name(tmp_path, content, says):

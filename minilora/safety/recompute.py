@@ -67,9 +67,31 @@ def recomputing(model: nn.Module, kind: str | None) -> Iterator[None]:
 @contextmanager
 def recomputed(model: nn.Module, kind: str | None) -> Iterator[None]:
     """Around a forward pass of such a run: a model without flags has its blocks wrapped, and its names are other ones for so long."""
-    if kind is None or _asking(model):
+    if kind is None:
         yield
-        return
+    elif _asking(model):
+        with _uncached(model):
+            yield
+    else:
+        with _wrapped(model, kind):
+            yield
+
+
+@contextmanager
+def _uncached(model: nn.Module) -> Iterator[None]:
+    """A cache of keys and values does not go with this, and transformers would say so to a user who asked for none."""
+    configs = {id(config): config for module in model.modules() if getattr(config := getattr(module, "config", None), "use_cache", False) is True}
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+
+
+@contextmanager
+def _wrapped(model: nn.Module, kind: str) -> Iterator[None]:
     with swapped(model, {name: Recomputed(block, kind == "reentrant").train(block.training) for name, block in blocks(model).items()}):
         yield
 

@@ -94,6 +94,13 @@ def test_blocks_computed_again_in_transformers_way_give_the_same_numbers(kind, m
         assert [sorted(vars(module)) for module in again.modules()] == before
 
 
+def test_nothing_is_said_about_a_cache_that_nobody_asked_for(monkeypatch):
+    said, model = [], made(llama)
+    monkeypatch.setattr("transformers.utils.generic.logger.warning_once", said.append)
+    ml.finetune(model, ml.LoRA(2), batches(llama), 2, 1e-2, checkpointing="non-reentrant", progress=False)
+    assert said == [] and model.config.use_cache is True
+
+
 def test_transformers_blocks_computed_again_keep_less():
     model = ml.adapt(made(llama), ml.LoRA(2)).train()
 
