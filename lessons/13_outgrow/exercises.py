@@ -26,10 +26,9 @@ def shard_batches(batches: Callable[[int], tuple[Tensor, Tensor]], process: int,
     """The share of one process (0 … processes - 1) of every batch: a function of the step, as `batches` is.
 
     batches(step) gives x and y, which have the same number of rows and stay as they are; the function that you return gives some of these rows, of
-    x and y the same ones. Of each batch every row goes to exactly one process, and all get equally many: then the mean of the processes' gradients is the gradient of the
-    whole batch, and N processes train what one would. The function may be asked for any step, in any order, and says the same each time;
-    random numbers of others are as they were: torch's global generator is left alone.
-    It raises ValueError for a batch whose rows cannot be dealt evenly.
+    x and y the same ones. Of each batch every row goes to exactly one process, and all get equally many: then the mean of the processes' gradients
+    is the gradient of the whole batch, and N processes train what one would. The function may be asked for any step, in any order, and says the
+    same each time; torch's global random generator is left as it is. It raises ValueError for a batch whose rows cannot be dealt evenly.
     """
     raise NotImplementedError
 
