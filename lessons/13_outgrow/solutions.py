@@ -46,7 +46,7 @@ def peak_of_loading(dense: list[int], packed: list[int | None], layer_by_layer: 
 
 
 def many_adapters(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scales: Tensor, which: Tensor) -> Tensor:
-    """Gather, then two batched products. -1 gathers the last adapter, and its scale is 0."""
+    """Gather, then two batched products. -1 gathers the last adapter, and its scale is made 0: enough for finite numbers (0 · inf is nan)."""
     scale = scales[which] * (which >= 0)                                     # (batch)
     z = torch.bmm(x, A[which].mT)                                            # (batch, T, in) (batch, in, rank) -> (batch, T, rank)
     return x @ W.T + scale[:, None, None] * torch.bmm(z, B[which].mT)        # (batch, T, rank) (batch, rank, out) -> (batch, T, out)
@@ -56,7 +56,7 @@ LINKS = ("base trains", "frozen", "no gradient", "both zero", "not in the optimi
 
 
 def diagnose(layers: list[dict]) -> tuple[str, list[str]]:
-    """Later links break by themselves once an earlier one has: what is frozen has no gradient and does not move. So the order is the art."""
+    """Later links often break by themselves once an earlier one has: what is frozen has no gradient and does not move. So the order is the art."""
     found = [_first_broken(layer) for layer in layers]
     link = min(found, key=LINKS.index)
     return link, [layer["name"] for layer, first in zip(layers, found) if first == link != "healthy"]

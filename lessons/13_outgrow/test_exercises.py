@@ -142,7 +142,11 @@ def test_every_row_goes_to_exactly_one_process(shard_batches, rows, processes):
     parts = shares(shard_batches, rows, processes, 2)
     sizes = [tuple(x.shape) for x, _ in parts]
     assert all(len(shape) == 2 and shape[1] == 5 for shape in sizes), f"x was cut across its columns, or flattened: shapes {sizes}; deal rows, the first dimension"
-    assert not (processes > 1 and all(len(x) == rows for x, _ in parts)), "every process got the whole batch: N processes would do the same work N times"
+    steps = sorted({int(x[0, 0] // 1000) for x, _ in parts if len(x)})
+    assert steps in ([], [2]), f"asked for step 2, the processes got rows of step {steps}: each takes a share of the same batch, at the step asked for"
+    assert not (processes > 1 and all(len(x) == len(y) == rows for x, y in parts)), "every process got the whole batch: N processes would do the same work N times"
+    for process, (x, y) in enumerate(parts):
+        assert len(x) == len(y), f"of {rows} rows process {process} of {processes} got {len(x)} of x and {len(y)} of y: deal both"
     seen = sorted(itertools.chain(*(numbers(y) for _, y in parts)))
     twice, missing = sorted({row for row in seen if seen.count(row) > 1}), sorted({*range(rows)} - {*seen})
     assert not twice, f"rows {twice} went to more than one process ({rows} rows, {processes} processes)"
@@ -168,6 +172,23 @@ def test_it_is_a_function_of_the_step_asked_for(shard_batches):
             assert torch.equal(share(step)[0], x), f"asked for step {step} twice it gives other rows: the share follows from the step alone, no dice and no counter"
 
 
+def test_the_batch_stays_as_it_is(shard_batches):
+    """A batch function that keeps its batch and gives it again, as a cache does."""
+    x, y = dealt(12)(0)
+    x_before, y_before = x.clone(), y.clone()
+    for process in (0, 1, 2, 0):
+        shard_batches(lambda step: (x, y), process, 3)(0)
+        assert torch.equal(x, x_before) and torch.equal(y, y_before), "it wrote into the batch that batches(step) gave: others read it too; take rows out, and leave it as it is"
+
+
+def test_the_dice_of_others_stay_as_they_are(shard_batches):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    for process in range(2):
+        shard_batches(dealt(12), process, 2)(3)
+        assert torch.equal(torch.get_rng_state(), before), "torch's global generator was seeded anew or drawn from: dropout and all other dice of the training would fall otherwise"
+
+
 def test_two_crews_do_not_disturb_each_other(shard_batches):
     """Two shares of different batches, asked in turn."""
     large, small = shard_batches(dealt(12), 1, 3), shard_batches(dealt(6), 1, 3)
@@ -182,7 +203,7 @@ def test_what_cannot_be_dealt_evenly_is_refused(shard_batches, rows, processes):
             got = len(shard_batches(dealt(rows), process, processes)(0)[1])
         except ValueError:
             continue
-        pytest.fail(f"{rows} rows cannot be dealt evenly to {processes} processes: ValueError is wanted, and process {process} got {got} rows; "
+        pytest.fail(f"a batch of {rows} cannot be dealt evenly to {processes} processes: ValueError is wanted; process {process} got a share, rows in it: {got}; "
                     "a row left out is never learned, and of uneven shares the mean of means is not the mean", pytrace=False)
 
 
@@ -224,7 +245,7 @@ WIRES = [([(7, 5), (4, 6)], 2, 5, 4), ([(7, 5)], 3, 8, 4), ([(7, 5), (4, 6), (9,
          (LLAMA_7B_QV, 8, 8, 4), (LLAMA_7B_QV, None, 8, 2)]
 
 
-@pytest.mark.parametrize("shapes, rank, processes, element_size", WIRES, ids=lambda value: f"{len(value)} layers" if isinstance(value, list) else str(value))
+@pytest.mark.parametrize("shapes, rank, processes, element_size", WIRES, ids=lambda value: f"layers {len(value)}" if isinstance(value, list) else str(value))
 def test_what_one_process_sends(allreduce_bytes, shapes, rank, processes, element_size):
     got = float(allreduce_bytes(shapes, rank, processes, element_size))
     full, thin = sum(out * into for out, into in shapes), sum((rank or 0) * (out + into) for out, into in shapes)
@@ -247,7 +268,7 @@ def test_what_one_process_sends(allreduce_bytes, shapes, rank, processes, elemen
         "this takes every number for 4 bytes: element_size says how many": want / element_size * 4,
         "this is the first layer only": want / count * (math.prod(shapes[0]) if rank is None else rank * sum(shapes[0])),
     }
-    what = f"{len(shapes)} layers, rank {rank}, {processes} processes, {element_size} bytes a number"
+    what = f"layers: {len(shapes)}, rank {rank}, processes: {processes}, bytes a number: {element_size}"
     for name, wrong in mistakes.items():
         assert math.isclose(want, wrong) or not math.isclose(got, wrong) or not wrong, f"{name} ({what}: {want:,.0f} is wanted, got {got:,.0f})"
     assert math.isclose(got, want), f"{what}: {want:,.2f} bytes are wanted, got {got:,.2f}"
@@ -492,7 +513,7 @@ SICK = {
     "not in the optimizer": [{"A": {"in_optimizer": False}, "B": {"in_optimizer": False, "moved": 0.0}}, {"A": {"in_optimizer": False}},
                              {"B": {"in_optimizer": False, "moved": 0.0}}],
     "stands still": [{"B": {"moved": 0.0}}, {"A": {"gradient": 0.01}, "B": {"before": 0.2}}, {"A": {"gradient": 0.01, "moved": 0.0}, "B": {"before": 0.2, "moved": 0.0}}],
-    "odd scale": [{"scale": 12.0}, {"scale": 0.0}, {"scale": 1.0}, {"scale": 1.51}, {"scale": -1.5}, {"scale": 8 / 12}],
+    "odd scale": [{"scale": 12.0}, {"scale": 0.0}, {"scale": 1.0}, {"scale": 1.51}, {"scale": -1.5}, {"scale": 8 / 12}, {"scale": 0.75}, {"scale": 3.0}],
 }
 WHY = {
     "base trains": "W must be frozen", "frozen": "one of A and B is not trainable", "no gradient": "one of A and B has no gradient at all",
@@ -531,9 +552,26 @@ def test_two_scales_are_usual(diagnose, alpha, rank):
                  "alpha / rank is LoRA's scale and alpha / √rank rsLoRA's, and the last digit may be rounded: both are healthy")
 
 
-@pytest.mark.parametrize("scale", [1.5 * (1 + 1e-7), 12 / math.sqrt(8) * (1 - 1e-7)])
-def test_nearly_is_odd(diagnose, scale):
-    must_say(diagnose, [layer(scale=scale)], "odd scale", ["0.q_proj"], "off in the seventh digit is not rounding: nine digits are wanted")
+@pytest.mark.parametrize("alpha", [12.0, 1e-3, 6e4])
+@pytest.mark.parametrize("root", [8, math.sqrt(8)], ids=["rank", "root"])
+def test_nearly_is_odd(diagnose, alpha, root):
+    """The limit is relative: it is the same for small scales and for large ones."""
+    for off in (1e-7, -1e-7, 3e-9, -3e-9):
+        must_say(diagnose, [layer(alpha=alpha, scale=alpha / root * (1 + off))], "odd scale", ["0.q_proj"],
+                 f"a relative error of {abs(off):.0e} is not rounding: at most 1e-9 is, whether the scale is small or large")
+    for off in (3e-10, -3e-10):
+        must_say(diagnose, [layer(alpha=alpha, scale=alpha / root * (1 + off))], "healthy", [],
+                 f"a relative error of {abs(off):.0e} is rounding: up to 1e-9 is, whether the scale is small or large")
+
+
+def test_small_is_not_zero(diagnose):
+    must_say(diagnose, [layer(B={"before": 0.0, "moved": 1e-9})], "healthy", [], "a tensor that moved by 1e-9 has moved: 'not at all' is 0.0")
+    must_say(diagnose, [layer(B={"before": 0.0, "gradient": 1e-9, "moved": 0.001})], "healthy", [], "a gradient of 1e-9 is a gradient: zero is 0.0")
+    must_say(diagnose, [layer(B={"before": 0.0, "gradient": 1e-9, "moved": 0.0})], "stands still", ["0.q_proj"], "a gradient of 1e-9 is a gradient: zero is 0.0")
+
+
+def test_of_w_only_one_thing_is_asked(diagnose):
+    must_say(diagnose, [layer(W={"moved": 0.001})], "healthy", [], "of W only one thing is asked, whether it is trainable: what else moved it is not training")
 
 
 @pytest.mark.parametrize("link", LINKS)
@@ -543,6 +581,7 @@ def test_each_link_can_break(diagnose, link):
         must_say(diagnose, [layer(), sick, layer("2.q_proj")], link, ["1.v_proj"])
         must_say(diagnose, [sick], link, ["1.v_proj"])
         must_say(diagnose, [layer("b", scale=7.1) if link != "odd scale" else layer("b"), sick | {"name": "a"}, layer(), sick | {"name": "z"}], link, ["a", "z"])
+        must_say(diagnose, [sick | {"name": "z"}, layer(), sick | {"name": "a"}], link, ["z", "a"])
 
 
 @pytest.mark.parametrize("first", LINKS[:-1])
@@ -661,4 +700,4 @@ def test_your_diagnosis_heals_a_real_training(diagnose, link):
     scales = {each["scale"] for each in evidence}
     assert not any(each["W"]["trainable"] for each in evidence) and scales == {1.5} and len(trained) == 3, (
         f"a training that was ill ({link}) is still ill after the cures for what you said, last {said!r} in {list(names)}; the layers that train: {sorted(trained)}, scales {scales}")
-    assert visit == (link != "healthy"), f"a training that was {'healthy' if link == 'healthy' else f'ill ({link})'} needed {visit} cures by what you said; last it was {said!r}"
+    assert visit == (link != "healthy"), f"a training that was {'healthy' if link == 'healthy' else f'ill ({link})'} was cured as often as you said: {visit}; wanted: {int(link != 'healthy')}; last you said {said!r}"

@@ -182,6 +182,35 @@ def shard_batches__first_kept(batches: Callable[[int], tuple[Tensor, Tensor]], p
     return share
 
 
+@provokes("a share of the same batch, at the step asked for")
+def shard_batches__a_step_each(batches: Callable[[int], tuple[Tensor, Tensor]], process: int, processes: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    return lambda step: batches(step * processes + process)
+
+
+@provokes("it wrote into the batch")
+def shard_batches__in_the_callers_batch(batches: Callable[[int], tuple[Tensor, Tensor]], process: int, processes: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    def share(step):
+        x, y = batches(step)
+        _even(len(x), processes)
+        size = len(x) // processes
+        x[:size], y[:size] = x[process::processes].clone(), y[process::processes].clone()
+        return x[:size], y[:size]
+
+    return share
+
+
+@provokes("torch's global generator was seeded anew")
+def shard_batches__seeds_for_all(batches: Callable[[int], tuple[Tensor, Tensor]], process: int, processes: int) -> Callable[[int], tuple[Tensor, Tensor]]:
+    def share(step):
+        x, y = batches(step)
+        _even(len(x), processes)
+        torch.manual_seed(step)
+        rows = torch.randperm(len(x))[process::processes]
+        return x[rows], y[rows]
+
+    return share
+
+
 def _numbers(shapes, rank):
     return sum(out * into if rank is None else rank * (out + into) for out, into in shapes)
 
@@ -453,3 +482,42 @@ def diagnose__base_in_the_optimizer(layers: list[dict]) -> tuple[str, list[str]]
 @provokes("one of A and B has no gradient at all")
 def diagnose__none_is_zero(layers: list[dict]) -> tuple[str, list[str]]:
     return _judged(layers, no_gradient=lambda layer, A, B: A["gradient"] is None and B["gradient"] is None)
+
+
+@provokes("in another order")
+def diagnose__sorted(layers: list[dict]) -> tuple[str, list[str]]:
+    link, names = _judged(layers)
+    return link, sorted(names)
+
+
+@provokes("'not at all' is 0.0")
+def diagnose__hardly_moved(layers: list[dict]) -> tuple[str, list[str]]:
+    return _judged(layers, stands_still=lambda layer, A, B: any(t["gradient"] and t["moved"] < 1e-6 for t in (A, B)))
+
+
+@provokes("a gradient of 1e-9 is a gradient")
+def diagnose__hardly_a_gradient(layers: list[dict]) -> tuple[str, list[str]]:
+    return _judged(layers, both_zero=lambda layer, A, B: A["gradient"] < 1e-6 and B["gradient"] < 1e-6)
+
+
+@provokes("of W only one thing is asked")
+def diagnose__w_moved(layers: list[dict]) -> tuple[str, list[str]]:
+    return _judged(layers, base_trains=lambda layer, A, B: layer["W"]["trainable"] or layer["W"]["moved"] > 0)
+
+
+@provokes("the scale is neither alpha / rank nor alpha / √rank")
+def diagnose__half_is_usual(layers: list[dict]) -> tuple[str, list[str]]:
+    return _judged(layers, odd_scale=lambda layer, A, B: not any(
+        math.isclose(layer["scale"], layer["alpha"] / r) for r in (layer["rank"], math.sqrt(layer["rank"]), 2 * layer["rank"])))
+
+
+@provokes("a relative error of 3e-09 is not rounding")
+def diagnose__eight_digits(layers: list[dict]) -> tuple[str, list[str]]:
+    return _judged(layers, odd_scale=lambda layer, A, B: not any(
+        math.isclose(layer["scale"], layer["alpha"] / r, rel_tol=1e-8) for r in (layer["rank"], math.sqrt(layer["rank"]))))
+
+
+@provokes("whether the scale is small or large")
+def diagnose__nine_places(layers: list[dict]) -> tuple[str, list[str]]:
+    return _judged(layers, odd_scale=lambda layer, A, B: round(layer["scale"], 9) not in (
+        round(layer["alpha"] / layer["rank"], 9), round(layer["alpha"] / math.sqrt(layer["rank"]), 9)))

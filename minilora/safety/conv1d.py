@@ -1,4 +1,4 @@
-"""GPT-2's Conv1D computes what nn.Linear does, and stores its weight the other way round. This file alone knows that.
+"""GPT-2's Conv1D computes what nn.Linear does, and stores its weight the other way round. How it lies is known here; others ask this file.
 
     nn.Linear   y = x Wᵀ + b    weight = W: (out, in)            Conv1D   y = x W' + b    weight = W': (in, out), and so W = W'ᵀ
 
