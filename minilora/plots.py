@@ -270,7 +270,7 @@ def rate_curves(curves: dict[str, dict[str, dict[float, list[float]]]]) -> Figur
         axes.set(xscale="log", xlabel="learning rate", ylabel="held-out bits per byte", title=printable(task), ylim=(None, lowest + 1.5))
         axes.grid(alpha=0.25)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * len(curves)), frameon=False)
     return figure
 
 

@@ -162,8 +162,9 @@ def fewer_parameters(one: Entry, other: Entry) -> Samples:
 
 
 def best(content: dict, task: str, entry: Entry) -> dict[int, tuple[float, float]]:
-    """seed -> (log10 of the rate with the lowest score, that score), from the grid: the bottom of the parabola through the lowest point and its
-    neighbours; the lowest point itself where it is the last one or a neighbour diverged."""
+    """seed -> (log10 of the best rate, the lowest score), from the grid. The rate: the bottom of the parabola through the lowest point and its
+    neighbours; the lowest point's own where it is the last one or a neighbour diverged. The score: as measured at the lowest point, for beside
+    a cliff the parabola's bottom promises what no run has reached."""
     found = {}
     for seed in {run["seed"] for run in of(content["grid"], task, entry)}:
         points = sorted((math.log10(run["lr"]), run["scores"]["bits_per_byte"]) for run in of(content["grid"], task, entry)
@@ -174,9 +175,9 @@ def best(content: dict, task: str, entry: Entry) -> dict[int, tuple[float, float
         around = points[max(0, at - 1):at + 2]
         found[seed] = points[at]
         if len(around) == 3:
-            a, b, c = np.polyfit(*zip(*around), 2)
+            a, b, _ = np.polyfit(*zip(*around), 2)
             if a > 0:
-                found[seed] = (-b / (2 * a), float(np.polyval((a, b, c), -b / (2 * a))))
+                found[seed] = (-b / (2 * a), points[at][1])
     return found
 
 
