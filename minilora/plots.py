@@ -404,7 +404,7 @@ def rank_film(film: dict) -> Figure:
             row, column = place[name]
             picture[row][column] = count
             axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color="white" if count < film["most"] * 0.6 else BLACK)
-        image = axes.imshow(picture, vmin=0, vmax=film["most"], cmap="viridis", aspect="auto")
+        axes.imshow(picture, vmin=0, vmax=film["most"], cmap="viridis", aspect="auto")
         axes.set_title(f"step {step}", fontsize=10)
         axes.set_xticks(range(len(modules)), [module.replace("_proj", "") for module in modules], fontsize=7, rotation=45)
         axes.set_yticks(range(len(blocks)), [f"block {row}" for row in range(len(blocks))] if frame == 0 else [""] * len(blocks), fontsize=8)

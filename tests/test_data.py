@@ -198,7 +198,6 @@ def test_training_windows_never_reach_the_held_out_part():
 def test_overlap_counts_what_stands_in_both_parts():
     rng = random.Random(0)
     noise = bytes(rng.randrange(97, 123) for _ in range(10_000))
-    task = data.split_text(noise, "noise")
     assert data.overlap(noise) == 0.0
     repeated = noise[:1000] * 10
     assert data.overlap(repeated) == 1.0
