@@ -6,6 +6,7 @@
     imports   `import minilora` over `import torch`, in fresh processes
     disk      an adapter saved and loaded again
     nf4       four bits: to quantize, to dequantize, a layer; and the most memory that quantizing takes
+    serving   a batch whose rows use several adapters at once, beside one adapter after another and merging before each
     growth    how a step's time grows with rank, layers and length, as a slope in logarithms; beside it that of its FLOPs
 
 Times are CPU time of this process, which has one thread. On a quiet machine that is the wall clock; on a busy one the wall clock also holds
@@ -43,6 +44,7 @@ from torch import Tensor, nn
 
 import bench_page
 import minilora as ml
+import serving as server
 from minilora import storage
 from minilora.evidence.ledger import bytes_alive, flops
 
@@ -301,6 +303,18 @@ GROWTH = {"rank": (8, 16, 32, 64, 128), "layers": (1, 2, 4, 8), "length": (32, 6
 GROWING = {"lora": ml.LoRA, "vera": ml.VeRA, "adalora": lambda rank: ml.AdaLoRA(rank, rank, total_steps=10_000), "dora": ml.DoRA, "qlora": ml.QLoRA}
 
 
+def serving(names: list[str]) -> Iterator[Cell]:
+    for model in server.MODELS:
+        for tokens in (1, 32):
+            for count in (2, 4, 8, 16):
+                yield {"model": model, "tokens": tokens, "adapters": count}, lambda: serve(model, count, tokens)
+
+
+def serve(model: str, count: int, tokens: int) -> Record:
+    found = server.measured(model, count, tokens)
+    return found | {"shares": {way: quartiles(shares) for way, shares in found["shares"].items()}, "rate": round(found["rate"], 1)}
+
+
 def growth(names: list[str]) -> Iterator[Cell]:
     for name in names:
         for axis in GROWTH if name in GROWING else ():
@@ -328,7 +342,7 @@ def slope(sizes: tuple[int, ...], values: list[float]) -> float:
     return statistics.linear_regression([*map(math.log, sizes)], [*map(math.log, values)]).slope
 
 
-STAGES = {stage.__name__: stage for stage in (steps, imports, disk, nf4, growth)}
+STAGES = {stage.__name__: stage for stage in (steps, imports, disk, nf4, serving, growth)}
 
 
 def about() -> dict:
@@ -373,7 +387,7 @@ def publish(here: dict, records: list[Record]) -> None:
     print(f"written: {', '.join(f'benchmarks/{name}' for name in ('bench.json', 'README.md', 'bench.png'))}")
 
 
-NAMES = {"stage", "method", "width", "layers", "rows", "package", "over", "what", "double", "size", "axis"}
+NAMES = {"stage", "method", "width", "layers", "rows", "package", "over", "what", "double", "size", "axis", "model", "tokens", "adapters"}
 
 
 def as_json(here: dict, records: list[Record]) -> bytes:

@@ -19,7 +19,7 @@ BYTES = 128                                                # in a row of a batch
 
 def page(content: dict) -> str:
     about, records = content["about"], content["records"]
-    stages = {stage: [record for record in records if record["stage"] == stage] for stage in ("steps", "imports", "disk", "nf4", "growth")}
+    stages = {stage: [record for record in records if record["stage"] == stage] for stage in SECTIONS}
     parts = [head(about, stages)] + [section(stages[stage]) for stage, section in SECTIONS.items() if stages[stage]] + [REST]
     return "\n\n".join(parts) + "\n"
 
@@ -86,6 +86,19 @@ def nf4_said(records: list[dict]) -> str:
 {nf4_table(records)}"""
 
 
+def serving_said(records: list[dict]) -> str:
+    most = max(record["adapters"] for record in records)
+    held = next(record["held"] for record in records if record["adapters"] == most and record["model"] == records[-1]["model"])
+    return f"""## Many adapters, one batch
+
+16 rows, each with its own LoRA of rank 8 out of so many: their requests a second as a share of the base's own, which is the ceiling. *Mixed* is one
+pass with gathered A and B ([serving.py](../minilora/scale/serving.py)); *one by one* puts each adapter on for its rows; *merged* makes W + B A for each.
+
+{serving_table(records)}
+
+Beside the base's weights {most} adapters hold {held['mixed'] / 1e6:.1f} MB stacked, {held['one by one'] / 1e6:.1f} MB apart, and with one of them merged {held['merged'] / 1e6:.1f} MB ({records[-1]['model']})."""
+
+
 def growth_said(records: list[dict]) -> str:
     spread = {record["axis"]: record["sizes"] for record in records}
     return f"""## How a step grows
@@ -102,7 +115,7 @@ REST = """## What else is here
 - [fight.py](fight.py) runs the comparison of [what was measured](../lessons/results.md), and [page.py](page.py) writes that page;
   [capacity.json](capacity.json) is what rank buys.
 - [base.py](base.py): how good the shipped base is."""
-SECTIONS = {"steps": steps_said, "imports": imports_said, "disk": disk_said, "nf4": nf4_said, "growth": growth_said}
+SECTIONS = {"steps": steps_said, "imports": imports_said, "disk": disk_said, "nf4": nf4_said, "serving": serving_said, "growth": growth_said}
 
 
 def interval(ratio: list[float]) -> str:
@@ -187,6 +200,13 @@ def nf4_table(records: list[dict]) -> str:
         elif "ratio" in record:
             rows.append([f"{record['what']}: forward and backward of {record['rows']} rows, width {record['size']:,}", interval(record["ratio"])])
     return table(["", "ratio"], rows)
+
+
+def serving_table(records: list[dict]) -> str:
+    ways = list(records[0]["shares"])
+    rows = [[f"{record['model']}, {record['tokens']} token{'s' * (record['tokens'] > 1)}", str(record["adapters"]),
+             *(interval(record["shares"][way]) for way in ways)] for record in records]
+    return table(["", "adapters", *ways], rows)
 
 
 def growth_table(records: list[dict]) -> str:

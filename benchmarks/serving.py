@@ -1,6 +1,4 @@
-"""Serving several adapters: one mixed batch, beside one adapter after another and merging before each, in requests a second.
-
-    OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/serving.py [--tokens 32] [--batch 16] [--rounds 5] [--rank 8]
+"""Serving several adapters: one mixed batch, beside one adapter after another and merging before each; bench.py runs it (--only serving).
 
 A request is one row of `tokens` bytes through the model once; the batch's rows use the adapters in turn. Of the same batch:
 
@@ -9,12 +7,10 @@ A request is one row of `tokens` bytes through the model once; the batch's rows 
     one by one    for each adapter: put it on the model, and one pass of its rows
     merged        for each adapter: add its B A to a copy of W, and one pass of its rows
 
-All four take turns in one run; the numbers are medians, of CPU seconds, which other work on the machine does not lengthen, and the ratios to base are of
-the same round. Bytes: what is held beside the base, the adapters (mixed: stacked) and, where one is merged, the new W that is made for it. --tokens 1
-is a step of decoding, where the products are as small as they get.
+All four take turns in one run, and each share of base is of one round. Bytes: what is held beside the base, the adapters (mixed: stacked) and, where
+one is merged, the new W that is made for it. One token is a step of decoding, where the products are as small as they get.
 """
 
-import argparse
 import copy
 import statistics
 import tempfile
@@ -90,27 +86,14 @@ def seconds(run: Callable[[], None]) -> float:
     return time.process_time() - began
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for option, usual in (("tokens", 32), ("batch", 16), ("rounds", 5), ("rank", 8)):
-        arguments.add_argument(f"--{option}", type=int, default=usual)
-    given = arguments.parse_args()
-    print(f"{'model':>10} {'adapters':>8} {'way':>11} | {'requests/s':>10} | {'of base (least to most)':>24} | {'bytes beside W':>14}")
-    for title, config in MODELS.items():
-        torch.manual_seed(0)
-        base, ids = ml.TinyGPT(config).eval(), torch.randint(256, (given.batch, given.tokens))
-        for count in (2, 4, 8, 16):
-            with tempfile.TemporaryDirectory() as root:
-                runs, held = ways(base, folders(base, count, given.rank, root), ids)
-            for run in runs.values():
-                seconds(run)                                          # warms up
-            took = [{way: seconds(runs[way]) for way in (list(runs) if turn % 2 else reversed(runs))} for turn in range(given.rounds)]
-            for way in runs:
-                shares = sorted(turn["base"] / turn[way] for turn in took)
-                rate = given.batch / statistics.median(turn[way] for turn in took)
-                share = f"{statistics.median(shares):.3f} ({shares[0]:.3f} to {shares[-1]:.3f})"
-                print(f"{title:>10} {count:>8} {way:>11} | {rate:>10.1f} | {share:>24} | {held[way]:>14,}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def measured(title: str, count: int, tokens: int, batch: int = 16, rank: int = 8, rounds: int = 9) -> dict[str, object]:
+    """Of each way its share of base's requests a second, all of them a round's, and the bytes it holds."""
+    torch.manual_seed(0)
+    base, ids = ml.TinyGPT(MODELS[title]).eval(), torch.randint(256, (batch, tokens))
+    with tempfile.TemporaryDirectory() as root:
+        runs, held = ways(base, folders(base, count, rank, root), ids)
+    for run in runs.values():
+        seconds(run)                                                  # warms up
+    took = [{way: seconds(runs[way]) for way in (list(runs) if turn % 2 else reversed(runs))} for turn in range(rounds)]
+    return {"shares": {way: [turn["base"] / turn[way] for turn in took] for way in runs if way != "base"},
+            "rate": batch / statistics.median(turn["base"] for turn in took), "held": {way: held[way] for way in runs if way != "base"}}

@@ -146,8 +146,6 @@ def load_base(path: str | Path | None = None) -> TinyGPT:
     Raises ValueError, naming the file, where it is missing, broken or no TinyGPT.
     """
     path = Path(path or Path(__file__).with_name("base.safetensors"))
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, and a TinyGPT is a file; a transformers model is named by --model, or loaded by minilora.scale.loading")
     try:
         with safe_open(path, "pt") as file:
             config = GPTConfig(**json.loads((file.metadata() or {})["gpt_config"]))

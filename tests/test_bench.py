@@ -46,7 +46,7 @@ def test_every_method_was_measured_at_every_width_and_batch():
     steps = [record for record in PUBLISHED["records"] if record["stage"] == "steps"]
     assert {(r["method"], r["width"], r["rows"]) for r in steps} == {(m, w, r) for m in WRITER["NAMES"] for w in (128, 512, 1024) for r in (2, 8)}
     assert all(r["ratio"] == sorted(r["ratio"]) and r["ratio"][0] > 0 and min(r["alive"]) > 0 for r in steps)
-    assert {record["stage"] for record in PUBLISHED["records"]} == {"steps", "imports", "disk", "nf4", "growth"}
+    assert {record["stage"] for record in PUBLISHED["records"]} == {"steps", "imports", "disk", "nf4", "serving", "growth"}
 
 
 @pytest.mark.parametrize("middle, said", [(0.804, "yes"), (0.806, "in 5 of 6, not by DoRA at width 512 and 1,024 bytes, 0.81")])

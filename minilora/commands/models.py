@@ -50,6 +50,8 @@ def real_model(args: argparse.Namespace, device: torch.device | str | None = Non
 
 
 def byte_base(path: Path | None) -> ml.TinyGPT:
+    if path and path.is_dir():
+        raise ValueError(f"{path} is a folder, and a TinyGPT is a file; a transformers model is named by --model")
     model = ml.load_base(path)
     if model.config.vocab_size != 256:
         raise ValueError(f"{path}: a base of {model.config.vocab_size} symbols, and texts are read here as bytes, of which there are 256")
