@@ -135,19 +135,25 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-LEAK = 4096          # bytes a cycle that are let pass: a model that stays is at least twice that
+LEAK, OBJECTS = 20_000, 2     # bytes and Python objects a cycle that are let pass. A model that stays has 50,000 bytes at least, and hundreds of objects
 
 
-def growth(memory: list[int]) -> str:
-    """What is wrong with memory over the second half, by a robust slope (Theil and Sen): steps of the allocator up and down do not count."""
-    second = memory[len(memory) // 2:]
-    if len(second) < 100:
-        return ""
-    points = list(enumerate(second))[::max(1, len(second) // 200)]
-    slope = statistics.median((b - a) / (j - i) for k, (i, a) in enumerate(points) for j, b in points[k + 1:])
-    print(f"cycles: memory grew by {slope:,.0f} bytes a cycle over the second half ({second[0] / 2**20:.1f} to {second[-1] / 2**20:.1f} MiB); "
-          f"at most {LEAK:,} are let pass")
-    return f"memory grew by {slope:,.0f} bytes a cycle over the second half" if slope > LEAK else ""
+def growth(memory: list[int], objects: list[int]) -> list[str]:
+    """What is wrong with memory, and with the number of Python objects, over the second half of the cycles."""
+    problems = []
+    for what, values, allowed in (("memory", memory, LEAK), ("the number of Python objects", objects, OBJECTS)):
+        second = values[len(values) // 2:]
+        if len(second) >= 100:
+            grown = slope(second)
+            print(f"cycles: {what} grew by {grown:,.1f} a cycle over the second half, {second[0]:,} to {second[-1]:,}; {allowed:,} are let pass")
+            problems += [f"{what} grew by {grown:,.1f} a cycle over the second half"] if grown > allowed else []
+    return problems
+
+
+def slope(values: list[int]) -> float:
+    """The median of the slopes of all pairs (Theil and Sen): a step of the allocator does not count."""
+    points = list(enumerate(values))[::max(1, len(values) // 200)]
+    return statistics.median((b - a) / (j - i) for k, (i, a) in enumerate(points) for j, b in points[k + 1:])
 
 
 # Damage
@@ -437,12 +443,12 @@ def worker(part: str, numbers: range, seed: int, pipe: int, shared: Path) -> Non
                 except Exception as error:
                     failed = f"{type(error).__name__}: {error}"[:2000]
             gc.collect()
-            print(json.dumps([number, came, failed, resident(), len(os.listdir("/proc/self/fd"))]), file=out, flush=True)
+            print(json.dumps([number, came, failed, resident(), len(gc.get_objects()), len(os.listdir("/proc/self/fd"))]), file=out, flush=True)
 
 
 def trial(part: str, start: int, count: int, seed: int) -> list[str]:
     """All cases of a part. A process that dies or hangs is a failure of its case, and the next one goes on behind it."""
-    failures, came, memory, files, began = [], Counter(), [], [], time.monotonic()
+    failures, came, memory, objects, files, began = [], Counter(), [], [], [], time.monotonic()
     if part in ("folders", "checkpoints"):
         {"folders": whole_folders, "checkpoints": whole_checkpoints}[part]()
     number, end = start, start + count
@@ -466,8 +472,9 @@ def trial(part: str, start: int, count: int, seed: int) -> list[str]:
                     if not line:
                         failures.append(f"{part} {number}: the process died")
                         break
-                    number, what, failed, bytes_, open_ = json.loads(line)
+                    number, what, failed, bytes_, there, open_ = json.loads(line)
                     memory.append(bytes_)
+                    objects.append(there)
                     files.append(open_)
                     came[what] += 1
                     if failed:
@@ -482,8 +489,8 @@ def trial(part: str, start: int, count: int, seed: int) -> list[str]:
                 print(f"{failures[-1]} (wait status {status})", flush=True)
                 number += 1
     if part == "cycles":
-        left_open = f"{files[-1] - files[0]} files stay open" if files and files[-1] > files[0] else ""
-        failures += [f"cycles: {problem}" for problem in (growth(memory), left_open) if problem]
+        left_open = [f"{files[-1] - files[0]} files stay open"] if files and files[-1] > files[0] else []
+        failures += [f"cycles: {problem}" for problem in growth(memory, objects) + left_open]
     print(f"{part}: {count - len(failures):,} of {count:,} well, from {start}, seed {seed}, in {time.monotonic() - began:.0f} s: "
           f"{', '.join(f'{n:,} {what}' for what, n in sorted(came.items()) if what)}", flush=True)
     return failures

@@ -84,7 +84,8 @@ def soak(*options, change=""):
 def test_a_short_trial_goes_well():
     run = soak("--cycles", "6", "--folders", "25", "--checkpoints", "12", "--results", "25", "--kills", "1", "--seed", "1")
     assert run.returncode == 0 and run.stdout.splitlines()[-1] == "all well", run.stdout + run.stderr
-    assert all(f"{part}: {count} of {count} well" in run.stdout for part, count in (("cycles", 6), ("folders", 25), ("checkpoints", 12), ("results", 25), ("kills", 1)))
+    counts = {"cycles": 6, "folders": 25, "checkpoints": 12, "results": 25, "kills": 1}
+    assert all(f"{part}: {count} of {count} well" in run.stdout for part, count in counts.items())
 
 
 WRONG = """
@@ -114,7 +115,9 @@ def test_a_case_that_fails_dies_or_hangs_is_named_and_the_others_go_on():
     assert run.stdout.splitlines()[-4:] == ["3 failed:", "results 1: KeyError: 'lost'", "results 2: the process died", "results 3: hangs, more than 5 s"]
 
 
-def test_memory_that_grows_and_files_that_stay_open_are_noticed():
-    change = "kept = []\nsoak.CASES['cycles'] = lambda dice, folder: kept.append((b'x' * 9000 + bytes([len(kept) % 250]), open('/dev/null'))) or 'fine'"
-    run = soak("--only", "cycles", "--cycles", "400", change=change)
-    assert run.returncode == 1 and "cycles: 399 files stay open" in run.stdout and re.search(r"memory grew by [\d,]+ bytes a cycle", run.stdout.splitlines()[-2]), run.stdout
+def test_memory_that_grows_objects_that_stay_and_open_files_are_noticed():
+    change = "kept = []\nsoak.CASES['cycles'] = lambda dice, folder: kept.append(([[] for _ in range(9)], b'x' * 40_000, open('/dev/null'))) or 'fine'"
+    run = soak("--only", "cycles", "--cycles", "250", change=change)
+    *_, count, memory, objects, files = run.stdout.splitlines()
+    assert run.returncode == 1 and count == "3 failed:" and files == "cycles: 249 files stay open", run.stdout + run.stderr
+    assert re.match(r"cycles: memory grew by \d\d,\d", memory) and re.match(r"cycles: the number of Python objects grew by 1[0-9]\.", objects)

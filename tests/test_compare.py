@@ -845,3 +845,13 @@ def test_the_published_fight_is_whole():
         assert run["steps"] == Settings(about["settings"]["steps"][run["task"]]).of(entry).steps and ("intruders" in scores) == (entry.base == "fp32")
         assert run["costs"]["trainable_parameters"] == parameters.get(entry, run["costs"]["trainable_parameters"])
         assert run["costs"]["gradient_bytes"] == 4 * run["costs"]["trainable_parameters"]
+
+
+def test_a_cost_that_one_of_the_runs_has_lost_is_left_out_of_the_table():
+    """Such a file was once read and then broke the table by a KeyError."""
+    content = compare.read(compare.PUBLISHED)
+    task, first = content["runs"][0]["task"], Entry.of(content["runs"][0])
+    damaged = list(scoreboard.of(content["runs"], task, first))[-1]
+    del damaged["costs"]["optimizer_bytes"]
+    assert "optimizer_bytes" not in scoreboard.costs_of(content["runs"], task, first) and scoreboard.costs_of(content["runs"], task, first)["alive_bytes"] > 0
+    assert "–" in next(line for line in scoreboard.table(content["runs"], task).splitlines() if line.startswith(f"{first.method} "))
