@@ -28,6 +28,12 @@ def alone():
 
 
 @pytest.fixture(scope="session")
+def without_malloc():
+    """The environment without malloc's settings, by which freed memory may stay resident: for tests that measure what a process holds."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+
+
+@pytest.fixture(scope="session")
 def verdicts(tmp_path_factory, alone):
     """verdicts(kind): {answer's name: [(test, "" or its message), …]}; one pytest for all lessons, each kind once."""
     done = {}

@@ -47,15 +47,23 @@ KINDS = {                                             # null may stand for all o
 }
 
 
-def read(file: Path) -> dict:
-    """The file's fields. Raises ValueError where it is no whole JSON, or asks for what is not done here."""
+def read_json(file: Path) -> dict:
+    """Raises ValueError where it is no whole JSON object."""
     try:
-        config = json.loads(file.read_bytes())
+        found = json.loads(file.read_bytes())
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not whole JSON ({error})") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: holds a {type(found).__name__}, not an object")
+    return found
+
+
+def read(file: Path) -> dict:
+    """The file's fields. Raises ValueError where it is no whole JSON, or asks for what is not done here."""
+    config = read_json(file)
+    kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in PEFT_TYPES:
         raise ValueError(f"{file}: peft_type is {kind!r}; what can be loaded is {', '.join(map(repr, PEFT_TYPES))}")
     form = PEFT_TYPES[kind]

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from minilora.adapter import find_targets, put
 from minilora.quant.linear import NF4Linear, quantize
+from minilora.safety.configuration import read_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")     # one of them there must be
@@ -178,15 +179,9 @@ def _table(index: Path) -> dict[str, str]:
 
 
 def _read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file; a model's folder holds {CONFIG} and {WEIGHTS}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not a JSON file ({first_line(error)})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: a JSON file, but not of named fields")
-    return content
+    if not file.exists():
+        raise ValueError(f"{file}: no such file; a model's folder holds {CONFIG} and {WEIGHTS}")
+    return read_json(file)
 
 
 def _dtype_of(config, stored: dict[str, Stored]) -> torch.dtype:

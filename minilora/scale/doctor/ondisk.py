@@ -13,12 +13,12 @@ from minilora.gpt import load_base
 from minilora.methods import METHODS, RATES, make_method
 from minilora.quant.linear import quantize
 from minilora.safety import runs
-from minilora.safety.configuration import PREFIX
+from minilora.safety.configuration import PREFIX, read_json
 from minilora.safety.targets import kind
 from minilora.scale.doctor import live, merged, progress, symptoms
 from minilora.scale.doctor.findings import Finding, Report, count, short
 from minilora.scale.doctor.sheets import BIN, IN_FOUR_BITS, Sheet, read_sheet
-from minilora.scale.doctor.weights import Weights, fingerprints, read_json
+from minilora.scale.doctor.weights import Weights, fingerprints
 from minilora.storage import CONFIG, START_OVER, WEIGHTS, base_fingerprint, load_adapter
 
 HISTORY, CHECKPOINT, MODEL, REAL = "history.json", "checkpoint.pt", "model.safetensors", "model"        # what `finetune` writes, see commands/finetune.py

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from minilora.adapter import Adapter, Method
 from minilora.formats import FORMATS, by_pattern
-from minilora.safety.configuration import KINDS, PREFIX
-from minilora.scale.doctor.weights import read_json
+from minilora.safety.configuration import KINDS, PREFIX, read_json
 from minilora.storage import CONFIG, WEIGHTS
 
 BIN = "adapter_model.bin"

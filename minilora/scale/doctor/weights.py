@@ -6,7 +6,6 @@
 """
 
 import hashlib
-import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from minilora.quant.linear import NF4Linear
 from minilora.quant.nf4 import quantize_nf4
 from minilora.safety import configuration
+from minilora.safety.configuration import read_json
 from minilora.safety.targets import find_targets
 
 ONE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -159,16 +159,3 @@ def fingerprints(weights: Weights, layers: Collection[str], config: dict) -> Ite
             if found is None:
                 return
             yield found
-
-
-def read_json(file: Path) -> dict:
-    """Raises ValueError where it is no whole JSON object."""
-    try:
-        found = json.loads(file.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not whole JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: holds a {type(found).__name__}, not an object")
-    return found
