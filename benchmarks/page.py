@@ -122,14 +122,15 @@ The scores are held-out bits per byte; on facts and sums of the answers alone. *
 ## Question by question
 
 {(chr(10) * 2).join(paragraph(content, claim, verdicts, tasks) for claim in asked)}
-{"".join(f"{chr(10)}![{words}]({name}.png){chr(10)}" for name, words in WORDS.items() if name in pictures(content))}"""
+"""
 
 
-WORDS = {
-    "rates": "Held-out bits per byte against the learning rate, a curve for full fine-tuning and for LoRA of each of three ranks, a panel for each task",
-    "alpha": "A field for each alpha and learning rate of LoRA, its bits per byte written in it, the best of each alpha framed",
-    "room": "Bits held when more training adds nothing, against the number of facts told, for full fine-tuning and for an adapter of 5,120 parameters",
-    "intruders": "Forgetting against intruder dimensions in a layer, a named dot for each method on the dense base, a panel for each task",
+# claim -> the picture below its paragraph, and what is on it
+PICTURES = {
+    "rate_flat": ("rates", "Held-out bits per byte against the learning rate, a curve for full fine-tuning and for LoRA of each of three ranks, a panel for each task"),
+    "alpha_once": ("alpha", "A field for each alpha and learning rate of LoRA, its bits per byte written in it, the best of each alpha framed"),
+    "capacity_above": ("room", "Bits held when more training adds nothing, against the number of facts told, for full fine-tuning and for an adapter of 5,120 parameters"),
+    "intruders_forget": ("intruders", "Forgetting against intruder dimensions in a layer, a named dot for each method on the dense base, a panel for each task"),
 }
 
 
@@ -202,7 +203,8 @@ def paragraph(content: dict, claim: Claim, verdicts: dict[tuple[str, str], Verdi
     answer = "; ".join(f"{says} on {' and '.join(where)}" for says, where in by_verdict.items() if where)
     numbers = "; ".join(f"{task} {scoreboard.interval(verdict.mean, verdict.low, verdict.high, '+.3f')}" for task, verdict in found.items()).replace("-", "−")
     found_too = f" {ceiling(content)}" if claim.key == "capacity_above" else ""
-    return f"**{claim.headline}: {answer}.** {numbers}.{found_too} Judged: {claim.run}. Asked because: {claim.paper}. Not shown: {LIMITS[claim.key]}"
+    shown = "\n\n![{1}]({0}.png)".format(*PICTURES[claim.key]) if claim.key in PICTURES else ""
+    return f"**{claim.headline}: {answer}.** {numbers}.{found_too} Judged: {claim.run}. Asked because: {claim.paper}. Not shown: {LIMITS[claim.key]}{shown}"
 
 
 def ceiling(content: dict) -> str:

@@ -114,6 +114,7 @@ class Method:
     """
 
     trains_base: ClassVar[bool] = False    # only full fine-tuning does, and it puts no adapters
+    four_bits: ClassVar[bool] = False      # whether it puts the base in four bits itself
 
     @property
     def lines(self) -> tuple[str, ...]:

@@ -123,12 +123,14 @@ def finetune(
         return [batches(accumulate * step + part) for part in range(accumulate)]
 
     with alone(checkpoint if processes.first else None), stoppable(), recomputing(model, checkpointing), processes:
-        identity, saved = {}, None
+        identity, saved, began = {}, None, ""
         if checkpoint is not None:
             layers = [name for name, _ in adapters(model)] or ([] if method.trains_base else list(find_targets(model, targets)))
             identity = {"method": repr(method), "steps": steps, "lr": lr, "seed": seed, "weight decay": weight_decay, "warmup": warmup,
                         "schedule": schedule, "optimizer": getattr(optimizer, "func", optimizer).__name__, "accumulate": accumulate, "clip": clip,
-                        "autocast": autocast and str(autocast), "adapted layers": layers, "base": "" if method.trains_base else base_fingerprint(model)}
+                        "autocast": autocast and str(autocast), "adapted layers": layers}
+            base = base_fingerprint(model)
+            identity, began = (identity, base) if method.trains_base else (identity | {"base": base}, "")
             saved = processes.told(saved_state, Path(checkpoint), identity, data, parts)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):     # the caller's random numbers stay what they were
             torch.manual_seed(seed)
@@ -141,7 +143,7 @@ def finetune(
                     method.prepare(model, batches, loss_of, lr)
                 optimizer = optimizer(method.parameter_groups(model, lr, weight_decay), lr=lr)
                 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(schedule, steps, warmup))
-                run = Run(model, optimizer, scheduler, checkpoint if processes.first else None, identity, data)
+                run = Run(model, optimizer, scheduler, checkpoint if processes.first else None, identity, data, began)
                 if saved:
                     run.restore(saved)
                     if processes.first:

@@ -712,7 +712,11 @@ def test_what_a_checkpoint_tells(finished, tmp_path):
     assert "--task voice --base BASE --rows 4" in fix and "--accumulate 2 --clip 0.5 --autocast bf16 --seed 4" in fix
     assert "--alpha 3 " in told(method="DoRA(rank=8, alpha=3.0, dropout=0.0, rslora=False)").findings[0].fix
     layers = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
-    assert "finetune --model MODEL --text FILE --rank 3" in told(**{"adapted layers": layers}).findings[0].fix
+    assert "finetune --model MODEL --text FILE --targets q_proj,down_proj --rank 3" in told(**{"adapted layers": layers}).findings[0].fix
+    all_of_it = [name for name, _ in ml.adapters(ml.adapt(ml.load_base(), ml.LoRA(3)))]
+    for chosen, words in ((all_of_it, ""), ([name for name in all_of_it if name.endswith(("k_proj", "up_proj"))], "--targets k_proj,up_proj "),
+                          (all_of_it[:1] + all_of_it[-1:], f"--targets {all_of_it[0]},{all_of_it[-1]} ")):
+        assert f"--base BASE {words}--rank 3" in told(**{"adapted layers": chosen}).findings[0].fix
     assert "--method dora" in told(method="DoRA(rank=8, alpha=8.0, dropout=0.0, rslora=False)").findings[0].fix
     assert "--method rslora --rank 2" in told(method="LoRA(rank=2, alpha=8.0, dropout=0.0, rslora=True)").findings[0].fix
 

@@ -15,7 +15,7 @@ import torch
 
 import minilora as ml
 from minilora.__main__ import main
-from minilora.methods import METHODS
+from minilora.methods import METHODS, make_method
 from minilora.scale import parallel
 from minilora.storage import load_checkpoint, save_model
 from minilora.training import OneProcess
@@ -233,19 +233,19 @@ def test_more_processes_than_rows_on_the_command_line(found, out):
     assert code == 2 and printed.splitlines()[-1] == said and found[1]["command with rows for one"] == (2, "") and not (out / "nothing").exists()
 
 
-@pytest.mark.parametrize("method, rows, checkpointing, says", [
-    (ml.LoRA(2), 1, None, "2 processes and a batch of 1 rows"), (ml.LoRA(2), 2, "reentrant", "reentrant checkpointing"),
-    (ml.FullFineTuning(), 2, None, "no frozen base"),
+@pytest.mark.parametrize("name, rows, checkpointing, says", [
+    ("lora", 1, None, "2 processes and a batch of 1 rows"), ("lora", 2, "reentrant", "reentrant checkpointing"), ("full", 2, None, "no frozen base"),
+    *((name, 2, None, "is in four bits, and those are not cut") for name in ("qlora", "loftq", "qpissa")),
 ])
-def test_what_processes_refuse_does_not_cost_the_run_that_force_would_replace(method, rows, checkpointing, says, monkeypatch, tmp_path, capsys):
+def test_what_processes_refuse_does_not_cost_the_run_that_force_would_replace(name, rows, checkpointing, says, monkeypatch, tmp_path, capsys):
     two = types.SimpleNamespace(count=2, shard=True)
     with pytest.raises(ValueError, match=says):
-        parallel.Processes.refuse(two, method, rows, checkpointing)
+        parallel.Processes.refuse(two, make_method(name), rows, checkpointing)
     parallel.Processes.refuse(two, ml.LoRA(2), 2, "non-reentrant")
     asked = []
     monkeypatch.setattr(OneProcess, "refuse", lambda self, *of: asked.append(of) or parallel.Processes.refuse(two, *of))
     (tmp_path / "history.json").write_text("a run")
-    flags = ["--method", "full" if method.trains_base else "lora", "--rows", str(rows), *(["--checkpointing", checkpointing] if checkpointing else [])]
+    flags = ["--method", name, "--rows", str(rows), *(["--checkpointing", checkpointing] if checkpointing else [])]
     assert main(["finetune", "--task", "facts", "--force", "--out", str(tmp_path), *flags]) == 2
     assert says in capsys.readouterr().err and asked[0][1:] == (rows, checkpointing) and (tmp_path / "history.json").read_text() == "a run"
 

@@ -115,6 +115,36 @@ def test_a_fully_fine_tuned_model_goes_on_as_one_of_its_own_sizes_only(tmp_path)
     assert (tmp_path / "run.pt").read_bytes() == before
 
 
+def test_a_fully_fine_tuned_model_goes_on_from_what_it_began_with_or_from_where_it_stopped(tmp_path):
+    """Its own weights cannot be the fingerprint, for they move; another model of the same sizes is told by what the run began with."""
+    def train(model, batches=BATCHES, **options):
+        return ml.finetune(model, ml.FullFineTuning(), batches, 12, 0.02, progress=False, **options)
+
+    straight, stopped, again = small(), small(), small()
+    expected, checkpoint = train(straight), tmp_path / "run.pt"
+    for model, last in ((stopped, 3), (small(), 6)):                   # stopped, gone on with by a fresh one, and stopped once more
+        with pytest.raises(KeyboardInterrupt):
+            train(model, stopping(last), checkpoint=checkpoint)
+    before = checkpoint.read_bytes()
+    other = small()
+    with torch.no_grad():
+        next(other.parameters())[0, 0] += 1e-3
+    for wrong in (other, stopped):                                     # `stopped` is where the run stood at step 3, and the checkpoint is of step 6
+        weights = {key: tensor.clone() for key, tensor in wrong.state_dict().items()}
+        with pytest.raises(ValueError, match="run.pt: a checkpoint of a run on another model: this one is neither what it began with"):
+            train(wrong, checkpoint=checkpoint)
+        assert all(torch.equal(tensor, weights[key]) for key, tensor in wrong.state_dict().items()) and checkpoint.read_bytes() == before
+    assert train(again, checkpoint=checkpoint) == expected and equal(again, straight)
+
+
+def test_a_stopped_model_that_is_still_in_memory_goes_on(tmp_path):
+    straight, model = small(), small()
+    expected = ml.finetune(straight, ml.FullFineTuning(), BATCHES, 12, 0.02, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        ml.finetune(model, ml.FullFineTuning(), stopping(5), 12, 0.02, checkpoint=tmp_path / "run.pt", progress=False)
+    assert ml.finetune(model, ml.FullFineTuning(), BATCHES, 12, 0.02, checkpoint=tmp_path / "run.pt", progress=False) == expected and equal(model, straight)
+
+
 def test_a_checkpoint_in_which_more_was_trained_is_refused(tmp_path):
     """A norm was trained along by hand, and now it is not: the optimizer's state would go to the wrong tensors."""
     models = [ml.adapt(small(), ml.LoRA(3), ["q_proj", "down_proj"]) for _ in range(2)]

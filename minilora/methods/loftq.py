@@ -15,6 +15,7 @@ Trainable parameters: rank · (in + out) for each adapted layer.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class LoftQ(LoRA):
     iterations: int = 1
     block_size: int = 64
     double: bool = False
+    four_bits: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

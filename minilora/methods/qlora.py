@@ -10,6 +10,7 @@ Trainable parameters: rank · (in + out) for each adapted layer.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -27,6 +28,7 @@ class QLoRA(LoRA):
     dropout: float = 0.1
     block_size: int = 64
     double: bool = True
+    four_bits: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -34,8 +34,9 @@ CHECKPOINT_SHARE = 0.05    # of the running time: as often as is nearly free, wh
 class Run:
     """What a checkpoint holds: what is trained, optimizer, scheduler, random state, step, history; and whose run it is."""
 
-    def __init__(self, model: nn.Module, optimizer, scheduler, path: str | Path | None, identity: dict, data: str):
+    def __init__(self, model: nn.Module, optimizer, scheduler, path: str | Path | None, identity: dict, data: str, began: str):
         self.model, self.optimizer, self.scheduler, self.path, self.identity, self.data = model, optimizer, scheduler, path, identity, data
+        self.began = began                     # fingerprint of a model all of which is trained, as it was before the first step
         self.step = 0
         self.history: dict[str, list] = {"loss": [], "lr": [], "evaluated": []}
         self.digests: dict[int, str] = {}      # of the batches of steps 0, 1, 2, 4, 8, …: they tell whether a resumed run reads the same data
@@ -53,9 +54,13 @@ class Run:
             if tensor.shape != saved[name].shape:                      # fully fine-tuned, a base has no fingerprint that lasts
                 raise ValueError(f"{self.path}: a checkpoint of a run on another model: its {name} is {tuple(saved[name].shape)}, here it is "
                                  f"{tuple(tensor.shape)}; {START_OVER}")
+        if self.began != state["began"] and not all(torch.equal(tensor.detach().cpu(), saved[name]) for name, tensor in ours.items()):
+            raise ValueError(f"{self.path}: a checkpoint of a run on another model: this one is neither what it began with nor what it had made of "
+                             f"that; load the model again that it began with, or {START_OVER}")
+        self.began = state["began"]
         with torch.no_grad():
             for name, tensor in ours.items():
-                tensor.copy_(state["trained"][name])
+                tensor.copy_(saved[name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.history, self.random, self.digests = (state[key] for key in ("step", "history", "random", "digests"))
@@ -80,6 +85,7 @@ class Run:
         save_checkpoint(self.path, self.identity, {
             "trained": trained_tensors(self.model), "tied": _tied(self.model), "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
             "random": self.random, "step": self.step, "history": self.history, "data": self.data, "digests": self.digests,
+            "began": self.began,
         })
         self.spent_saving += time.monotonic() - began
 

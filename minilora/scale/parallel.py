@@ -46,6 +46,7 @@ from minilora.storage import base_fingerprint
 from minilora.training import Loss, OneProcess, Said, targets_that_count
 
 ALL_TRAINED = "there is no frozen base to shard: full fine-tuning trains all of the model"
+FOUR_BITS = "is in four bits, and those are not cut: their codes are no parameters. Leave sharding out, or shard the dense base"
 NOTHING_YET = "no checkpoint was written yet; the same command begins anew"
 PATIENCE = 3.0             # seconds in which a process whose neighbour fails says that it is still there
 JOBS = itertools.count()   # that this process has taken part in
@@ -161,6 +162,8 @@ class Processes(OneProcess):
             raise ValueError("reentrant checkpointing hides from the processes which parameters a step uses; take checkpointing='non-reentrant'")
         if self.shard and method.trains_base:
             raise ValueError(ALL_TRAINED)
+        if self.shard and method.four_bits:
+            raise ValueError(f"the base of {type(method).__name__} {FOUR_BITS}")
 
     def compare(self, mine: dict) -> None:
         for rank, theirs in enumerate(self.gathered(mine)):
@@ -344,7 +347,7 @@ def shard_base(model: nn.Module, device: torch.device, count: int) -> None:
         return
     for name, module in model.named_modules():
         if "codes" in module._buffers:
-            raise ValueError(f"{name} is in four bits, and those are not cut: their codes are no parameters. Leave sharding out, or shard the dense base")
+            raise ValueError(f"{name} {FOUR_BITS}")
     whole = {p for p in model.parameters() if p.requires_grad}
     whole |= {p for _, layer in adapters(model) for name, p in layer.named_parameters() if not name.startswith("base.")}
     if all(p in whole for p in model.parameters()):

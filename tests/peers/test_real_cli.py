@@ -24,6 +24,7 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers.utils.logging.disable_progress_bar()
 
 from minilora.scale.loading import load_model, load_tokenizer
+from minilora.scale.saving import densify
 from minilora.scale.text import Speaker, nats_per_token, token_text
 
 WORDS = "".join(f"The quick brown fox jumps over the lazy dog, number {i}. " for i in range(60)) + "Und 狐狸 springt über den faulen Hund. " * 5
@@ -135,6 +136,25 @@ def test_a_run_stopped_goes_on_speaks_and_merges(finetune, monkeypatch, tmp_path
     adapted = load_model(base, four_bits=method == "qlora")
     assert torch.allclose(theirs(ids).logits, ml.load_adapter(adapted, folder)(ids).logits, atol=1e-5)
     assert not torch.allclose(theirs(ids).logits, transformers.AutoModelForCausalLM.from_pretrained(base)(ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind, flags", [("llama", ()), ("qwen2", ("--method", "qlora", "--targets", "q_proj,down_proj")), ("gpt2", ())])
+def test_a_merge_into_float32_keeps_what_16_bits_swallow(finetune, tmp_path, capsys, kind, flags):
+    """On a bf16 base. In qwen2 some layers are in four bits and have no adapter: they are written in float32, too."""
+    base = checkpoint(tmp_path / kind, kind, dtype=torch.bfloat16)
+    _, _, _, folder = finetune(*flags, "--lr", "1e-4", model=base)
+    command, ids = ["merge", "--model", str(base), "--adapter", str(folder)], torch.arange(32).view(2, 16)
+    for name, words in (("own", []), ("wide", ["--dtype", "fp32"])):
+        assert main([*command, "--out", str(tmp_path / name), *words]) == 0
+    own, wide = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto") for name in ("own", "wide"))
+    assert {p.dtype for p in own.parameters()} == {torch.bfloat16} and {p.dtype for p in wide.parameters()} == {torch.float32}
+    right = densify(ml.load_adapter(load_model(base, four_bits=bool(flags)), folder)).float()(ids).logits      # four bits as they compute, in bf16
+    lost, kept = ((model.float()(ids).logits - right).abs().max() for model in (own, wide))
+    assert kept < 1e-5 and lost > 50 * kept
+    assert json.loads((tmp_path / "wide" / "config.json").read_text())["dtype"] == "float32"
+    capsys.readouterr()
+    assert main(["merge", "--adapter", str(folder), "--out", str(tmp_path / "x"), "--dtype", "bf16"]) == 2
+    assert "--dtype bf16 is for a --model" in capsys.readouterr().err
 
 
 def test_what_is_written_is_what_was_trained(finetune, model, text):

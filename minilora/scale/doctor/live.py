@@ -297,7 +297,7 @@ def swallowed(pairs: Iterable[tuple[str, Tensor, Tensor]]) -> Iterator[Finding]:
 def swallowed_finding(share: float, layers: int, dtype: torch.dtype) -> Finding:
     step = str(dtype).removeprefix("torch.")
     return Finding("lost in rounding", f"{share:.0%} of the weights of {layers} merged layers did not move: |dW| is below half a step of {step}",
-                   "Merge into float32")
+                   "Merge into float32: `merge --dtype fp32`")
 
 
 def _bare(name: str) -> str:

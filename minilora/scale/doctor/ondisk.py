@@ -1,6 +1,7 @@
 """Models, adapters and runs on disk: what each folder tells by itself, and beside the base it belongs to. Nothing in them is executed."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from minilora.methods import METHODS, RATES, make_method
 from minilora.quant.linear import quantize
 from minilora.safety import runs
 from minilora.safety.configuration import PREFIX, read_json
-from minilora.safety.targets import kind
+from minilora.safety.targets import find_targets, kind
 from minilora.scale.doctor import live, merged, progress, symptoms
 from minilora.scale.doctor.findings import Finding, Report, count, short
 from minilora.scale.doctor.sheets import BIN, IN_FOUR_BITS, Sheet, read_sheet
@@ -342,7 +343,7 @@ def command(path: Path, state: dict, identity: dict) -> str:
     """What goes on with that run, as far as the checkpoint knows it: it holds a digest of the text, and not its name."""
     name = next((name for name, make in METHODS.items() if identity["method"].startswith(f"{getattr(make, 'func', make).__name__}(")
                  and ("rslora=True" in identity["method"]) == (name == "rslora")), None)
-    words = ["python -m minilora finetune", *_source(state, identity)]
+    words = ["python -m minilora finetune", *_source(state, identity), *_targets(identity)]
     words += [f"--method {name}"] if name and name != "lora" else []
     rank = re.search(r"(?:target_rank|\brank)=(\d+)", identity["method"])
     words += [f"--rank {rank[1]}"] if rank and int(rank[1]) != (64 if name == "vera" else 8) else []
@@ -355,6 +356,19 @@ def command(path: Path, state: dict, identity: dict) -> str:
     words += ["--autocast bf16"] if identity.get("autocast") else []
     words += [f"--seed {identity['seed']}"] if identity.get("seed") else []
     return " ".join([*words, f"--out {path}"])
+
+
+def _targets(identity: dict) -> list[str]:
+    """Which layers were named, by their last names, or in full where those would mean others of the shipped base, too. Nothing where all of a
+    TinyGPT's were taken. What a real model takes without names is not known here."""
+    layers, usual = identity.get("adapted layers") or [], list(find_targets(load_base()))
+    kinds = Counter(map(kind, layers))
+    if not layers or kinds.keys() == {*map(kind, usual)} and len({*kinds.values()}) == 1:
+        return []
+    names = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    if {*layers} < {*usual} and layers != [name for name in usual if name.rpartition(".")[2] in names]:
+        names = layers
+    return [f"--targets {','.join(names)}"]
 
 
 def _source(state: dict, identity: dict) -> list[str]:
