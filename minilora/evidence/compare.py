@@ -37,7 +37,7 @@ from minilora.methods.lora import LoRA, LoRALinear
 from minilora.quant.linear import quantize
 from minilora.training import answer_loss, exact_match, finetune, held_out_loss, next_byte_loss
 
-OWN_BASE = ("qlora", "loftq", "qpissa")                # these put the base in four bits themselves
+OWN_BASE = tuple(name for name in METHODS if make_method(name).four_bits)        # these put the base in four bits themselves
 PUBLISHED = Path(__file__).with_name("published.json")
 CONTEXT = 64
 SEARCH_SEED = 1000                                      # which no report uses
