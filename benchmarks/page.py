@@ -81,7 +81,7 @@ otherwise on a large model, both may be right. `python benchmarks/page.py` write
 
 {lines(f'- **{task}**: {TASKS[task]}.' for task in tasks)}
 
-**A run** is {length(settings['steps'], tasks)} of {settings['rows']} windows of {settings['context']} bytes, for every method. {long_enough(pilot, tasks)}
+**A run** is {length(settings['steps'], tasks)} of {settings['rows']} windows of {settings['context']} bytes, for every method. {long_enough(pilot, tasks, settings['steps'])}
 
 **Rates.** Each method has its own on each task. Five runs find it, by the same rule for all, on data that the report never sees.
 
@@ -142,6 +142,12 @@ def lines(each) -> str:
     return "\n".join(each)
 
 
+def listed(each) -> str:
+    """a, b and c."""
+    *most, last = each
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 def halves(content: dict, seeds: list[int]) -> tuple[int, int]:
     """(of how many verdicts that the first half of the seeds decides the second half says the same, how many there are)."""
     first, second = (claims.judge(content | {part: [run for run in content[part] if (run["seed"] in some)] for part in ("runs", "grid")})
@@ -155,10 +161,12 @@ def length(steps: dict[str, int], tasks: list[str]) -> str:
     return ", ".join([f"{usual} steps", *(f"on {task} {steps[task]}" for task in tasks if steps[task] != usual)])
 
 
-def long_enough(pilot: dict, tasks: list[str]) -> str:
+def long_enough(pilot: dict, tasks: list[str], steps: dict[str, int]) -> str:
     said = [f"on {task} LoRA goes from {pilot[task]['200 steps'][1]:.2f} bits per byte after 200 steps to {pilot[task]['400 steps'][1]:.2f} after 400 and "
             f"{pilot[task]['800 steps'][1]:.2f} after 800" for task in tasks]
-    return f"A pilot chose the length: {'; '.join(said)}."
+    falling = [task for task in tasks if steps[task] < 800 and pilot[task][f"{steps[task]} steps"][1] - pilot[task]["800 steps"][1] > 2 * claims.MARGIN]
+    speed = f" On {listed(falling)} the score was still falling fast: there the fight says who is ahead after so many steps, and not who gets further." if falling else ""
+    return f"A pilot chose the length: {'; '.join(said)}.{speed}"
 
 
 def enough_seeds(pilot: dict, tasks: list[str]) -> str:
@@ -200,7 +208,7 @@ def paragraph(content: dict, claim: Claim, verdicts: dict[tuple[str, str], Verdi
     """The answer first, then its numbers, what was run, and what it does not show."""
     found = {task: verdicts[claim.key, task] for task in tasks if (claim.key, task) in verdicts}
     by_verdict = {says: [task for task, verdict in found.items() if verdict.says == says] for says in ("shown", "contradicted", "open")}
-    answer = "; ".join(f"{says} on {' and '.join(where)}" for says, where in by_verdict.items() if where)
+    answer = "; ".join(f"{says} on {listed(where)}" for says, where in by_verdict.items() if where)
     numbers = "; ".join(f"{task} {scoreboard.interval(verdict.mean, verdict.low, verdict.high, '+.3f')}" for task, verdict in found.items()).replace("-", "−")
     found_too = f" {ceiling(content)}" if claim.key == "capacity_above" else ""
     shown = "\n\n![{1}]({0}.png)".format(*PICTURES[claim.key]) if claim.key in PICTURES else ""
@@ -211,7 +219,7 @@ def ceiling(content: dict) -> str:
     """What the small adapter held of the most facts, by its parameters."""
     runs = [*scoreboard.of(content["grid"], f"{claims.FACTS[-1]} facts", claims.SMALL)]
     bits = scoreboard.confidence([run["scores"]["held"] / run["costs"]["trainable_parameters"] for run in runs])
-    return f"Full, it held {scoreboard.interval(*bits)} bits a trained parameter, after {' and '.join(sorted({format(run['steps'], ',') for run in runs}))} steps."
+    return f"Full, it held {scoreboard.interval(*bits)} bits a trained parameter, after {listed(format(steps, ',') for steps in sorted({run['steps'] for run in runs}))} steps."
 
 
 def pictures(content: dict) -> dict[str, object]:

@@ -159,7 +159,7 @@ def quality(points: dict[str, list[tuple[str, str, int, Interval]]]) -> Figure:
         counts.setdefault(name, []).append(parameters)
     rows = sorted(counts, key=lambda name: -max(counts[name]))
     labels = [f"{name}   {'–'.join(f'{count:,.0f}' for count in sorted({min(counts[name]), max(counts[name])}))}" for name in rows]
-    figure = Figure(figsize=(3.0 * len(points) + 2.6, 0.27 * len(rows) + 1.4), layout="constrained")
+    figure = Figure(figsize=(min(3.0 * len(points), 8.4) + 2.6, 0.27 * len(rows) + 1.4), layout="constrained")
     panels = list(figure.subplots(1, len(points), squeeze=False, sharey=True)[0])
     for axes, (task, entries) in zip(panels, points.items()):
         for name, base, _, (mean, low, high) in entries:
@@ -242,8 +242,8 @@ def learning_and_forgetting(curves: dict[str, dict[str, list[list[float]]]]) -> 
 
     curves: task -> name -> [[score, forgotten], …], the mean of the seeds.
     """
-    figure = Figure(figsize=(4.6 * len(curves), 4.2), layout="constrained")
-    for axes, (task, entries) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+    figure, panels = _panels(len(curves), 4.6, 4.2)
+    for axes, (task, entries) in zip(panels, curves.items()):
         for color, (name, curve) in zip(itertools.cycle(LINES), entries.items()):
             axes.plot(*zip(*curve), color=color, marker=".", linewidth=1.4, label=name)
         axes.invert_xaxis()
@@ -259,8 +259,8 @@ def rate_curves(curves: dict[str, dict[str, dict[float, list[float]]]]) -> Figur
 
     curves: task -> name -> rate -> [a score a seed].
     """
-    figure = Figure(figsize=(5 * len(curves), 4.2), layout="constrained")
-    for axes, (task, entries) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items()):
+    figure, panels = _panels(len(curves), 5, 4.2)
+    for axes, (task, entries) in zip(panels, curves.items()):
         lowest = min(fmean(scores) for points in entries.values() for scores in points.values())
         for color, (name, points) in zip(itertools.cycle(LINES), entries.items()):
             rates = sorted(points)
@@ -300,16 +300,26 @@ def alpha_grid(scores: dict[tuple[float, float], float], title: str) -> Figure:
 
 def intruder_dots(points: dict[str, list[tuple[str, float, float]]]) -> Figure:
     """A panel a task: what was forgotten against intruder dimensions a layer, a named dot a method. points: task -> (name, intruders, forgotten)."""
-    figure = Figure(figsize=(5.5 * len(points), 4.6), layout="constrained")
-    for axes, (task, dots) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items()):
+    figure, panels = _panels(len(points), 5.5, 4.6)
+    for axes, (task, dots) in zip(panels, points.items()):
         axes.scatter([x for _, x, _ in dots], [y for _, _, y in dots], color=BLUE, zorder=3)
         axes.set(xlabel="intruder dimensions among a layer's first ten", ylabel="forgotten, bits per byte", title=printable(task))
         axes.margins(0.2)
         axes.grid(alpha=0.25)
     figure.draw_without_rendering()                             # where things stand on the page is known from here on
-    for axes, dots in zip(figure.axes, points.values()):
+    for axes, dots in zip(panels, points.values()):
         _named(axes, dots)
     return figure
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Figure, list]:
+    """A figure with so many panels of that size, two in a row, or on a page they would be too small to read."""
+    rows, columns = math.ceil(count / 2), min(2, count)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for spare in panels[count:]:
+        spare.remove()
+    return figure, panels[:count]
 
 
 def _legend(figure: Figure) -> None:
