@@ -43,6 +43,7 @@ LIMITS = {
     "loftq_better": "At four bits; its paper gains more at two.",
     "learns_less": "Rank 8, and tasks that fit in 3,200 windows.",
     "forgets_less": "Forgetting is measured on the one thing that the base knew best.",
+    "adalora_forgets_less": "Found by looking, so voice and code prove nothing; facts and sums are the test. Nor does it say why.",
     "rate_ratio": "Two tasks and one alpha.",
     "rate_flat": "With alpha/√r it would move.",
     "mlp_better": "A model with short contexts; attention may matter more in long ones.",
