@@ -217,10 +217,20 @@ def paragraph(content: dict, claim: Claim, verdicts: dict[tuple[str, str], Verdi
 
 
 def ceiling(content: dict) -> str:
-    """What the small adapter held of the most facts, by its parameters."""
-    runs = [*scoreboard.of(content["grid"], f"{claims.FACTS[-1]} facts", claims.SMALL)]
-    bits = scoreboard.confidence([run["scores"]["held"] / run["costs"]["trainable_parameters"] for run in runs])
-    return f"Full, it held {scoreboard.interval(*bits)} bits a trained parameter, after {listed(format(steps, ',') for steps in sorted({run['steps'] for run in runs}))} steps."
+    """What the small adapter held at most, of the most facts, and whether it was still learning."""
+    runs = {count: [*scoreboard.of(content["grid"], f"{count} facts", claims.SMALL)] for count in claims.FACTS}
+    held = {count: statistics.fmean(run["scores"]["held"] for run in some) for count, some in runs.items() if some}
+    most, last = max(held, key=held.get), claims.FACTS[-1]
+    parameters = runs[most][0]["costs"]["trainable_parameters"]
+    rising = [count for count, some in runs.items() if any(still_rising(run["scores"]["doublings"]) for run in some)]
+    return (f"At most it held {held[most]:.0f} bits, of {most} facts: {held[most] / parameters:.3f} a trained parameter; of {last} facts {held[last]:.0f}."
+            + (f" With {listed(map(str, rising))} facts it was still learning after {capacity.MOST_STEPS:,} steps, where the doubling ended."
+               if rising else ""))
+
+
+def still_rising(doublings: list[list[float]]) -> bool:
+    """Whether the last doubling brought more than `until_flat` takes for next to nothing."""
+    return doublings[-1][1] > (1 + capacity.GAIN) * doublings[-2][1]
 
 
 def pictures(content: dict) -> dict[str, object]:

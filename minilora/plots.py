@@ -392,7 +392,7 @@ def room(held: dict[str, dict[int, list[float]]], told: dict[int, float]) -> Fig
         there = sorted(points)
         axes.plot(there, [fmean(points[count]) for count in there], color=color, label=name)
         axes.scatter([count for count in there for _ in points[count]], [bits for count in there for bits in points[count]], color=color, s=18)
-    axes.set(xscale="log", yscale="log", xlabel="facts told", ylabel="bits held", title="Room: what is held when more training adds nothing")
+    axes.set(xscale="log", yscale="log", xlabel="facts told", ylabel="bits held", title="Room: what is held when more training adds little")
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.grid(alpha=0.25)

@@ -23,6 +23,7 @@ from minilora.training import answer_loss, exact_match, finetune
 
 RANKS = (1, 2, 4, 8, 16, 32)
 OTHERS = (("lora-fa", 16), ("vera", 64), ("vera", 256), ("full", None))
+GAIN, MOST_STEPS = 0.03, 6400               # twice as long has to bring more than GAIN, or it counts as flat
 BITS = math.log2(len(data.SLOTS["look"]) * len(data.SLOTS["thing"]))
 
 
@@ -73,7 +74,7 @@ def curve(count: int = 128, steps: int = 800, seeds: int = 3, done: Sequence[dic
     return records
 
 
-def until_flat(entry: Entry, count: int, seed: int, lr: float, first: int = 400, last: int = 6400, gain: float = 0.03, rows: int = 8) -> dict:
+def until_flat(entry: Entry, count: int, seed: int, lr: float, first: int = 400, last: int = MOST_STEPS, gain: float = GAIN, rows: int = 8) -> dict:
     """`count` facts told for `first` steps, for twice as many, and so on, each a run of its own with the rate down to zero at its end; until
     twice as long holds less than `gain` more, or `last`.
 
