@@ -73,6 +73,11 @@ FACTS = {                                                       # file, as the p
     "../notebooks/06_delta_lora.ipynb": ("LoRA of alpha 24: **2.324 ± 0.049**", "full fine-tuning rank of the change in 24 layers: [128]"),
     "07_lora_drop/README.md": ("in **2 of 18** cases", "A guesser gets 4.5.", "(by 0.33 to 0.37 nats per byte)",
                                "drawing by lot gave the same loss within the spread"),
+    "results.md": (
+        "voice +4.960 [+4.465, +5.454]", "sums +8.144 [+7.172, +9.117]", "code +1.645 [+1.409, +1.881]",
+        "voice −0.009 [−0.014, −0.004]", "sums −0.204 [−0.218, −0.191]",
+        "voice +0.003 [+0.001, +0.005]", "sums +0.222 [+0.000, +0.444]", "code +0.016 [+0.012, +0.020]",
+        "sums +0.285 [+0.249, +0.321]", "is 400 steps of 8 windows", "voice +0.221 [+0.073, +0.368]", "sums +0.197 [+0.102, +0.291]", "code −0.103 [−0.242, +0.037]"),
     "../tests/test_loftq.py": ("double=False), 0.0921), (ml.LoftQ(16), 0.0868), (ml.LoftQ(16, iterations=5), 0.0788),",
                                "(ml.QPiSSA(16, iterations=5), 0.0779),"),
 }
@@ -266,7 +271,6 @@ def computed_for_choice() -> set[str]:
         f"{rank8 / MIB} MiB each (LLaMA-7B, rank 8, fp32); the model {2 * LLAMA.parameters / GIB:.2f} GiB, once",
         f"a thousand: {thousand / GIB:.1f} GiB at rank 256, LoRA's {1000 * rank8 / GIB:.1f}",
         f"{100 * ml.merge_autopsy(*normal_pair(0.01), 'nf4').survives:.1f} % of the codes",
-        f"{ml.LoRA(64, rslora=True).scale / ml.LoRA(64).scale:.0f} times as strong at rank 64",
         f"DoRA keeps {total(LLAMA, ml.DoRA(8)).alive_bytes / GIB:.2f} GiB where LoRA keeps {lora16.alive_bytes / GIB:.2f}",
         f"{trained(ml.AdaLoRA(12)):,} numbers to end at LoRA's {trained(ml.LoRA(8)):,}",
     }
