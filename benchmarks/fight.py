@@ -68,7 +68,7 @@ def pilot() -> None:
 
 def rates() -> None:
     for task in QUESTIONS:
-        grid("rates", task, FULL, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), range(3))
+        grid("rates", task, FULL, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), range(3))              # so that the best lies inside
         for entry in claims.RANKS:
             grid("rates", task, entry, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), range(3))
 

@@ -122,6 +122,8 @@ The scores are held-out bits per byte; on facts and sums of the answers alone. *
 
 ## Question by question
 
+The answer first, then each task's number with its interval, counted so that more speaks for the claim; what was judged; why it is asked; and what these runs do not show.
+
 {(chr(10) * 2).join(paragraph(content, claim, verdicts, tasks) for claim in asked)}
 """
 
