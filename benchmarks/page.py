@@ -114,7 +114,7 @@ Rank 8 where nothing else is said; means of {len(seeds)} seeds; lower is better 
 
 {table(runs, tasks)}
 
-The scores are held-out bits per byte; on facts and sums of the answers alone. *Forgotten* is in bits per byte lost on the tiny world at the end of the run.
+The scores are held-out bits per byte; on facts and sums of the answers alone. *Forgotten* is in bits per byte lost on the tiny world at the end of the run.{answered(runs, tasks)}
 
 ![Held-out bits per byte with intervals, a row for each method and rank, most trainable parameters on top, a panel for each task; dotted: full fine-tuning](quality.png)
 
@@ -207,13 +207,23 @@ def table(runs: list[dict], tasks: list[str]) -> str:
     return lines(rows)
 
 
+def answered(runs: list[dict], tasks: list[str]) -> str:
+    """How many questions are answered to the byte, from the worst method to the best."""
+    what = {"facts": "facts asked in words never told", "sums": "sums"}
+    said = []
+    for task in what.keys() & {*tasks}:
+        means = [statistics.fmean(values.values()) for entry in scoreboard.entries_of(runs, task) if (values := scoreboard.score_of(runs, task, entry, "exact_match"))]
+        said.append(f"{100 * min(means):.0f} to {100 * max(means):.0f} % of the {what[task]}")
+    return f" Answered to the byte, from the worst method to the best: {listed(sorted(said))}." if said else ""
+
+
 def paragraph(content: dict, claim: Claim, verdicts: dict[tuple[str, str], Verdict], tasks: list[str]) -> str:
     """The answer first, then its numbers, what was run, and what it does not show."""
     found = {task: verdicts[claim.key, task] for task in tasks if (claim.key, task) in verdicts}
     by_verdict = {says: [task for task, verdict in found.items() if verdict.says == says] for says in ("shown", "contradicted", "open")}
     answer = "; ".join(f"{says} on {listed(where)}" for says, where in by_verdict.items() if where)
     numbers = "; ".join(f"{task} {scoreboard.interval(verdict.mean, verdict.low, verdict.high, '+.3f')}" for task, verdict in found.items()).replace("-", "−")
-    found_too = f" {ceiling(content)}" if claim.key == "capacity_above" else ""
+    found_too = f" {FOUND_TOO[claim.key](content)}" if claim.key in FOUND_TOO else ""
     shown = "\n\n![{1}]({0}.png)".format(*PICTURES[claim.key]) if claim.key in PICTURES else ""
     return f"**{claim.headline}: {answer}.** {numbers}.{found_too} Judged: {claim.run}. Asked because: {claim.paper}. Not shown: {LIMITS[claim.key]}{shown}"
 
@@ -233,6 +243,29 @@ def ceiling(content: dict) -> str:
 def still_rising(doublings: list[list[float]]) -> bool:
     """Whether the last doubling brought more than `until_flat` takes for next to nothing."""
     return doublings[-1][1] > (1 + capacity.GAIN) * doublings[-2][1]
+
+
+def alpha_scores(content: dict) -> dict[tuple[float, float], float]:
+    """(alpha, rate) -> mean of the seeds; nan where one diverged."""
+    return {(entry.alpha, lr): statistics.fmean(scores) for entry in claims.ALPHAS for lr, scores in scores_at(content["grid"], "code", entry).items()}
+
+
+def one_knob(content: dict) -> str:
+    """Whether only alpha times rate counts: along the grid's diagonals, where that product is about the same."""
+    scores = {pair: math.inf if math.isnan(score) else score for pair, score in alpha_scores(content).items()}
+    alphas, rates = (sorted({pair[i] for pair in scores}) for i in (0, 1))
+    said = []
+    for last in range(len(alphas) - 1, len(rates)):                    # the rate that the smallest alpha has
+        along = [(scores[alpha, rates[last - place]], alpha, rates[last - place]) for place, alpha in enumerate(alphas)]
+        best, worst = min(along), max(along)
+        said.append((worst[0] - best[0], f"from {best[0]:.2f} (alpha {best[1]:g}, rate {best[2]:g}) to {worst[0]:.2f} (alpha {worst[1]:g}, rate {worst[2]:g})"))
+    first, *_, (spread, beyond) = said
+    knob = first[0] < 2 * claims.MARGIN < spread
+    return (f"Along the diagonal of about equal alpha times rate the score goes {first[1]}; along the one beyond, with three times that product, {beyond}."
+            + " They are one knob as long as the rate is low; a high rate hurts by itself, whatever alpha." * knob)
+
+
+FOUND_TOO = {"capacity_above": ceiling, "alpha_once": one_knob}
 
 
 def pictures(content: dict) -> dict[str, object]:
@@ -257,8 +290,7 @@ def pictures(content: dict) -> dict[str, object]:
                     if (spread := scores_at(content["grid"], task, entry))} for task in TASKS}
     if any(rates.values()):
         drawn["rates"] = plots.rate_curves({task: curves for task, curves in rates.items() if curves})
-    alphas = {(entry.alpha, lr): statistics.fmean(scores) for entry in claims.ALPHAS for lr, scores in scores_at(content["grid"], "code", entry).items()}
-    if alphas:
+    if alphas := alpha_scores(content):
         drawn["alpha"] = plots.alpha_grid(alphas, "LoRA of rank 8 on code: held-out bits per byte")
     held = {name: {count: [*values.values()] for count in claims.FACTS if (values := scoreboard.score_of(content["grid"], f"{count} facts", entry, "held"))}
             for name, entry in (("full fine-tuning", claims.FULL), ("LoRA, 5,120 parameters", claims.SMALL))}
