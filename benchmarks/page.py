@@ -161,7 +161,8 @@ def halves(content: dict, seeds: list[int]) -> tuple[int, int]:
 
 def length(steps: dict[str, int], tasks: list[str]) -> str:
     usual = statistics.mode(steps[task] for task in tasks)
-    return ", ".join([f"{usual} steps", *(f"on {task} {steps[task]}" for task in tasks if steps[task] != usual)])
+    others = [f"on {task} {steps[task]}" for task in tasks if steps[task] != usual]
+    return f"{usual} steps" + (f" ({', '.join(others)})" if others else "")
 
 
 def long_enough(pilot: dict, tasks: list[str], steps: dict[str, int]) -> str:
