@@ -1,11 +1,10 @@
 """The published fight, in stages that can be run side by side, one process each. A stage that was stopped goes on.
 
-    OMP_NUM_THREADS=1 python benchmarks/fight.py pilot voice facts sums code rates parts zero batches alpha presets
+    OMP_NUM_THREADS=1 python benchmarks/fight.py pilot voice facts sums code rates parts zero batches alpha capacity
     python benchmarks/fight.py publish              joins what is there into minilora/evidence/published.json
 
     pilot      full and LoRA at their usual rates, on seeds that no report uses: how long is long enough, and how many seeds decide
     voice …    the methods and what the claims need on this task: a rate searched for each, then SEEDS runs
-    presets    rsLoRA of rank 8, QLoRA and QPiSSA, which no claim needs, on all tasks
     rates      one grid of learning rates for full fine-tuning and for LoRA of three ranks
     parts      attention alone against the MLP alone, at 40,960 parameters each
     zero       A at zero and B random, the other way round
@@ -27,7 +26,7 @@ from minilora.evidence import capacity, claims, compare
 from minilora.evidence.compare import Entry, Results, Settings
 from minilora.evidence.scoreboard import paired, score_of, seeds_needed
 
-FOLDER = Path(__file__).with_name("fight")                # kept until the fight is whole, so that it can go on
+FOLDER = Path(__file__).with_name("fight")                # where a stage that was stopped goes on; git ignores it
 SEEDS = 6
 STEPS = {"facts": 800}                     # by the pilot, else 400: facts that have not been told often are not flat before
 PILOT_SEEDS = range(2000, 2004)
@@ -109,7 +108,6 @@ STAGES = {
     "batches": partial(asked, "batches", [claims.FULL_LARGE, claims.LORA_LARGE]),
     "alpha": alpha,
     "capacity": room,
-    "presets": lambda: [fight("presets", task, claims.PRESETS) for task in compare.TASKS],
 }
 
 

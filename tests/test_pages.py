@@ -155,6 +155,41 @@ def test_the_page_follows_the_file():
     assert WRITER["page"](content) != WRITER["page"](PUBLISHED)
 
 
+def measured(entry, task, scores, lr=0.01, seed=0, **costs):
+    return {**entry.key, "task": task, "seed": seed, "lr": lr, "steps": 400, "scores": scores, "costs": costs}
+
+
+@pytest.mark.parametrize("hurts, said", [
+    (0.0, "goes from 2.03 (alpha 2, rate 0.015625) to 2.03 (alpha 128, rate 0.000244141); along the one beyond, each at the next higher rate, "
+          "from 2.12 (alpha 2, rate 0.0625) to 2.12 (alpha 128, rate 0.000976562)."),
+    (1.0, "from 2.12 (alpha 8, rate 0.015625) to 3.12 (alpha 2, rate 0.0625). They are one knob as long as the rate is low; a high rate hurts by itself"),
+])
+def test_whether_alpha_and_the_rate_are_one_knob_is_read_along_the_diagonals(hurts, said):
+    """A score that depends on alpha · rate alone; and one that the highest rate spoils, whatever alpha."""
+    rates = [2.0**power for power in (-12, -10, -8, -6, -4)]
+    grid = [measured(entry, "code", {"bits_per_byte": 2 + entry.alpha * lr + hurts * (lr == rates[-1]) + seed - 1}, lr, seed)
+            for entry in claims.ALPHAS for lr in rates for seed in range(3)]
+    text = WRITER["one_knob"]({"grid": grid})
+    assert said in text and ("hurts by itself" in text) == bool(hurts)
+
+
+def test_the_ceiling_is_where_most_was_held():
+    def held(count, *doublings):
+        return measured(claims.SMALL, f"{count} facts", {"held": doublings[-1], "doublings": [[400 * 2**i, bits] for i, bits in enumerate(doublings)]}, trainable_parameters=5000)
+
+    grid = [held(8, 50, 51), held(32, 90, 100), held(32, 90, 200), held(128, 60, 61)]
+    assert WRITER["ceiling"]({"grid": grid}) == ("At most it held 150 bits, of 32 facts: 0.030 a trained parameter; of 128 facts 61. "
+                                                 "With 32 facts it was still learning after 6,400 steps, where the doubling ended.")
+    assert WRITER["ceiling"]({"grid": [grid[0], grid[3]]}) == "At most it held 61 bits, of 128 facts: 0.012 a trained parameter; of 128 facts 61."
+
+
+def test_the_share_answered_is_of_the_worst_and_of_the_best_method():
+    runs = [measured(entry, task, {"exact_match": share}, seed=seed) for task, scale in (("sums", 0.1), ("facts", 1)) for entry, of in ((claims.LORA, 0.4), (claims.FULL, 0.8))
+            for seed, share in ((0, scale * of), (1, scale * (of + 0.2)))]
+    assert WRITER["answered"](runs, ["voice", "facts", "sums"]).endswith("from the worst method to the best: 50 to 90 % of the facts asked in words never told and 5 to 9 % of the sums.")
+    assert WRITER["answered"](runs, ["voice"]) == ""
+
+
 def test_every_claim_says_what_it_does_not_show():
     assert {*WRITER["LIMITS"]} == {claim.key for claim in claims.CLAIMS if not claim.exact}
 

@@ -34,9 +34,9 @@ FULL, LORA, LORA_NF4 = Entry("full"), Entry("lora"), Entry("lora", "nf4")
 LOW, HIGH, HIGH_RS, HALF = Entry("lora", rank=1), Entry("lora", rank=64), Entry("rslora", rank=64), Entry("dora", rank=4)
 SMALLER = Entry("adalora", rank=5)
 LINEUP = (LOW, HIGH, HIGH_RS, HALF, SMALLER, LORA_NF4)          # what the claims need beyond compare's own entries
-PRESETS = [Entry("rslora"), Entry("qlora", "nf4"), Entry("qpissa", "nf4")]                       # which no claim is about
+LEFT_OUT = [Entry("rslora"), Entry("qlora", "nf4"), Entry("qpissa", "nf4")]                      # no claim is about these
 FIRST = [FULL, LORA, LOW, HIGH, Entry("lora-fa"), Entry("lora-fa", rank=16), Entry("vera"), Entry("lora-plus"), LORA_NF4, Entry("adalora"), HALF, HIGH_RS, Entry("pissa")]
-PUBLISHED_LINEUP = [entry for entry in dict.fromkeys([*FIRST, *entries(), *LINEUP]) if entry not in PRESETS]
+PUBLISHED_LINEUP = [entry for entry in dict.fromkeys([*FIRST, *entries(), *LINEUP]) if entry not in LEFT_OUT]
 ATTENTION, MLP = Entry("lora", rank=10, only="attention"), Entry("lora", only="mlp")             # 40,960 trained parameters each
 ZERO_A = Entry("lora", zero="A")
 FULL_LARGE, LORA_LARGE = Entry("full", rows=64), Entry("lora", rows=64)
