@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import json
 import re
 import runpy
 import shlex
@@ -15,6 +16,7 @@ import lessons
 import minilora as ml
 from minilora.__main__ import parser
 from minilora.evidence import capacity, claims, compare, scoreboard
+from minilora.evidence.compare import Entry
 
 ROOT = Path(lessons.__file__).parent.parent
 FRONT = [ROOT / "README.md", ROOT / "README.zh.md"]
@@ -192,6 +194,35 @@ def test_the_share_answered_is_of_the_worst_and_of_the_best_method():
 
 def test_every_claim_says_what_it_does_not_show():
     assert {*WRITER["LIMITS"]} == {claim.key for claim in claims.CLAIMS if not claim.exact}
+
+
+def end(entry, task):
+    return f"{statistics.fmean(scoreboard.score_of(PUBLISHED['runs'], task, entry).values()):.3f}"
+
+
+def said_of_the_fight() -> dict[str, list[str]]:
+    """notebook -> what its text says of the published runs, which are not run there."""
+    tasks = ("voice", "facts", "sums", "code")
+    vera, low, lora, adalora, pissa, loftq = Entry("vera"), claims.LOW, claims.LORA, Entry("adalora"), Entry("pissa"), Entry("loftq", "nf4")
+    dropped = [100 * (1 - scoreboard.costs_of(PUBLISHED["runs"], task, Entry("lora-drop"))["trainable_parameters"] / 73_728) for task in tasks]
+    less = {task: statistics.fmean(claims.forgets_less(adalora, lora)(PUBLISHED, task)) for task in tasks}
+    worse = {task: -statistics.fmean(claims.better(adalora, lora)(PUBLISHED, task)) for task in tasks}
+    return {
+        "05_vera": [f"{end(vera, task)} against {end(low, task)} on {task}" for task in tasks] + [", ".join(f"{end(lora, task)} on {task}" for task in tasks)],
+        "07_lora_drop": [f"LoRA-drop dropped {', '.join(f'{share:.1f}' for share in dropped[:-1])} and {dropped[-1]:.1f} % of the parameters on {', '.join(tasks[:-1])} and {tasks[-1]}"],
+        "08_adalora": [", ".join(f"{worse[task]:.3f} on {task}" for task in tasks), ", ".join(f"{less[task]:.1f} on {task}" for task in tasks)],
+        "11_beyond": [f"rsLoRA of rank 64 ends at {end(claims.HIGH_RS, 'voice')} and LoRA of rank 64 at {end(claims.HIGH, 'voice')}",
+                      f"DoRA ends at {end(Entry('dora'), 'voice')}, LoRA at {end(lora, 'voice')} and PiSSA at {end(pissa, 'voice')}",
+                      f"LoftQ at {end(loftq, 'voice')} and LoRA at {end(claims.LORA_NF4, 'voice')}"],
+    }
+
+
+@pytest.mark.parametrize("name", ["05_vera", "07_lora_drop", "08_adalora", "11_beyond"])
+def test_what_a_notebook_says_of_the_fight_is_what_the_results_file_says(name):
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = " ".join(" ".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown").replace("`", "").split())
+    for sentence in said_of_the_fight()[name]:
+        assert sentence in text, sentence
 
 
 def test_what_lesson_12_says_of_forgetting_is_what_the_results_file_says():
