@@ -56,7 +56,7 @@ LIMITS = {
     "intruders_forget": "A correlation over methods, each at its own rate, says nothing of causes.",
     "zero_b": "B = 0 and A = 0 at one scale each.",
     "capacity_below": "One place for the adapter, the MLP of the third block, and rates that were not searched further than a pilot.",
-    "capacity_above": "How much fits elsewhere, or at a higher rank.",
+    "capacity_above": "How much fits elsewhere, or at a higher rank. Between 8 and 128 facts there are one or two seeds.",
     "alpha_once": "One task, rank 8, and rates half a decade apart. At first the score was read off a parabola, which a cliff beside it pulled below every run.",
 }
 
