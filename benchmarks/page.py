@@ -103,6 +103,7 @@ cover the truth in {coverage(len(seeds), 'normal'):.0f} of 100 fights where the 
     .venv/bin/python -m minilora claims
 
 Of {len(said)} verdicts {said.count('shown')} are shown, {said.count('contradicted')} contradicted and {said.count('open')} open.{f" Of {decided} that the first half of the seeds decides alone, the second half alone says the same of {again}." if decided else ""}
+Where a field of the table is empty, the question was not asked on that task.
 
 ![A row a claim: the number judged and its interval for each task; right of the line it is shown, left of it contradicted; what is open is hollow](claims.png)
 
@@ -195,7 +196,7 @@ def not_yet(content: dict, tasks: list[str], asked: list[Claim]) -> str:
     """What is still to be run, if anything."""
     missing = [f"the task {task}" for task in TASKS if task not in tasks]
     missing += [f"“{claim.headline}”" for claim in CLAIMS if not claim.exact and claim not in asked]
-    return f"\n\n**Not run yet:** {'; '.join(missing)}. An empty cell below was not run yet either." if missing else ""
+    return f"\n\n**Not run yet:** {'; '.join(missing)}." if missing else ""
 
 
 def counted(verdicts: dict[tuple[str, str], Verdict], tasks: list[str]) -> str:
