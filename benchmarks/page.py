@@ -94,7 +94,8 @@ otherwise on a large model, both may be right. `python benchmarks/page.py` write
 **Verdicts.** "Matches" means: worse by less than {claims.MARGIN} bits per byte. "Better" means: by more than 0; it is contradicted where what may be gained is less than
 {claims.MARGIN}. By one-sided t-tests of the paired differences, and all {len(said)} verdicts together by Benjamini and Hochberg's rule: of those that are not open one in
 {round(1 / claims.FALSE)} at most is expected to be wrong. Intervals are 95 % each; simulated with {len(seeds)} seeds they
-cover the truth in {coverage(len(seeds), 'normal'):.0f} of 100 fights where the differences are normal, and in {coverage(len(seeds), 'exponential'):.0f} where they are as lopsided as an exponential. Predictions and margins were written before the runs.
+cover the truth in {coverage(len(seeds), 'normal'):.0f} of 100 fights where the differences are normal, and in {coverage(len(seeds), 'exponential'):.0f} where they are as lopsided as an exponential. Predictions and margins were written before the runs,
+but where a question says otherwise.
 
 **Runs.** {len(every):,}, of which {len(content['search'])} only to find the rates: {about['cpu_seconds'] / 3600:.1f} hours of one core. Python {about['versions']['python']}, torch {about['versions']['torch']}.{not_yet(content, tasks, asked)}
 

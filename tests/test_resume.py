@@ -138,11 +138,16 @@ def test_a_fully_fine_tuned_model_goes_on_from_what_it_began_with_or_from_where_
 
 
 def test_a_stopped_model_that_is_still_in_memory_goes_on(tmp_path):
-    straight, model = small(), small()
+    """And is stopped again; then either it or a fresh one goes on, for the run began as it began."""
+    straight, model, fresh = small(), small(), small()
     expected = ml.finetune(straight, ml.FullFineTuning(), BATCHES, 12, 0.02, progress=False)
-    with pytest.raises(KeyboardInterrupt):
-        ml.finetune(model, ml.FullFineTuning(), stopping(5), 12, 0.02, checkpoint=tmp_path / "run.pt", progress=False)
-    assert ml.finetune(model, ml.FullFineTuning(), BATCHES, 12, 0.02, checkpoint=tmp_path / "run.pt", progress=False) == expected and equal(model, straight)
+    for last in (5, 8):
+        with pytest.raises(KeyboardInterrupt):
+            ml.finetune(model, ml.FullFineTuning(), stopping(last), 12, 0.02, checkpoint=tmp_path / "run.pt", progress=False)
+    written = (tmp_path / "run.pt").read_bytes()
+    for again in (model, fresh):
+        (tmp_path / "run.pt").write_bytes(written)
+        assert ml.finetune(again, ml.FullFineTuning(), BATCHES, 12, 0.02, checkpoint=tmp_path / "run.pt", progress=False) == expected and equal(again, straight)
 
 
 def test_a_checkpoint_in_which_more_was_trained_is_refused(tmp_path):

@@ -302,7 +302,7 @@ CLAIMS = (
     Claim("forgets_less", "… and forgets less", "it keeps more of HellaSwag, ARC-Challenge and WinoGrande (2405.09673)",
           "bits per byte lost on the tiny world when both have learned as much, full's less LoRA's: more than 0", 0.0, forgets_less(LORA, FULL), worth=MARGIN),
     Claim("adalora_forgets_less", "AdaLoRA forgets less than LoRA", "seen here on voice and code; written down before it was run on facts and sums",
-          "the same, LoRA's (r=8) less AdaLoRA's (12 to 8): more than 0", 0.0, forgets_less(Entry("adalora"), LORA), worth=MARGIN),
+          "bits per byte lost on the tiny world when both have learned as much, LoRA's (r=8) less AdaLoRA's (12 to 8): more than 0", 0.0, forgets_less(Entry("adalora"), LORA), worth=MARGIN),
     Claim("rate_ratio", "LoRA's best rate is about ten times full fine-tuning's", "said of large models; predicted: 10 times, from 3.2 to 32 times",
           "log10 of LoRA's (r=16, alpha=8) best rate over full's, from a grid: between 0.5 and 1.5", 0.5, rate_ratio(RANKS[1], FULL), most=1.5),
     Claim("rate_flat", "… and hardly depends on the rank, with alpha/r", "predicted: less than half a decade from rank 4 to 64",

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from matplotlib.figure import Figure
 
@@ -148,6 +149,7 @@ def test_a_merge_into_float32_keeps_what_16_bits_swallow(finetune, tmp_path, cap
         assert main([*command, "--out", str(tmp_path / name), *words]) == 0
     own, wide = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto") for name in ("own", "wide"))
     assert {p.dtype for p in own.parameters()} == {torch.bfloat16} and {p.dtype for p in wide.parameters()} == {torch.float32}
+    assert {tensor.dtype for tensor in safetensors.torch.load_file(tmp_path / "wide" / "model.safetensors").values()} == {torch.float32}
     right = densify(ml.load_adapter(load_model(base, four_bits=bool(flags)), folder)).float()(ids).logits      # four bits as they compute, in bf16
     lost, kept = ((model.float()(ids).logits - right).abs().max() for model in (own, wide))
     assert kept < 1e-5 and lost > 50 * kept
